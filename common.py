@@ -1,0 +1,502 @@
+"""What all four methods share and no paper defines.
+
+Weights and freezing, flags, processes, metrics, run folders, counting, drawing. Nothing in here imports a method
+or the data module.
+
+What train.py and evaluate.py ask of a method file, whichever it is:
+
+    BACKBONES, VARIANTS, TUNES   the names that --backbone, --variant and --tune take; the first is the default
+    Config, config(backbone, variant, dataset, **flags)   every setting, and the ones that fit these names
+    Model(config, weights)       an nn.Module with
+        .preprocess              the Preprocess it wants for its pictures
+        .tokenize(sentences)     list of str -> token ids (B, L)
+        .forward(images, tokens) (B, 3, S, S), (B, L) -> mask logits (B, 1, h, w) that cover the canvas
+        .loss(logits, masks)     and masks (B, S, S) in 0..1 -> scalar
+        .parts()                 {"backbone" | "adapter" | "head": [modules]}, what is counted under each name
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+import typing
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The commands print its sentence, without a traceback, and exit with 2."""
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a method wants its pictures.
+
+    `size` is the side of the square canvas in pixels; `fit` is "letterbox" (aspect kept, centred, padded
+    with the mean colour) or "stretch"; `interpolation` is "bilinear" or "bicubic"; `mean` and `std`
+    normalise RGB values in 0..1.
+    """
+
+    size: int
+    fit: str = "letterbox"
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+# Weights
+
+
+def fetch(repo: str, name: str) -> str:
+    """Path of a file of the Hugging Face hub, from its cache or downloaded. Raises UserError without either."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return hf_hub_download(repo, name, local_files_only=True)
+    except EntryNotFoundError:  # not in the cache
+        pass
+    missing = (f"{name} of {repo} is not on this machine and {constants.ENDPOINT} cannot be reached. With a network: "
+               f"hf download {repo} {name}. Without one, --weights FILE[,FILE] takes files, and --weights random or "
+               "--backbone tiny needs none.")
+    try:  # one quick look, since the hub's own retries take over a minute
+        if constants.HF_HUB_OFFLINE:
+            raise UserError(missing)
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answered
+    except OSError:
+        raise UserError(missing) from None
+    try:
+        return hf_hub_download(repo, name)
+    except (RepositoryNotFoundError, EntryNotFoundError, OSError) as e:
+        raise UserError(f"{name} of {repo} could not be downloaded: {str(e).splitlines()[0]}") from None
+
+
+def read_weights(path: str) -> dict[str, Tensor]:
+    """State dict of a .safetensors, .pth or TorchScript file, without wrappers such as {"model": ...} or "module."."""
+    if not os.path.isfile(path):
+        raise UserError(f"{path}: no such weights file.")
+    try:
+        if str(path).endswith(".safetensors"):
+            state = load_file(path)
+        else:
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except RuntimeError as e:  # OpenAI's CLIP files are TorchScript archives
+                if "TorchScript" not in str(e):
+                    raise
+                state = torch.jit.load(path, map_location="cpu").state_dict()
+    except Exception as e:  # whatever a broken or foreign file makes the readers say
+        raise UserError(f"{path} cannot be read as weights: {str(e).splitlines()[0][:200]}") from None
+    for wrapper in "state_dict", "model":
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state dict (names and tensors).")
+    return {k.removeprefix("module."): v for k, v in state.items()}
+
+
+def load_exactly(module: nn.Module, state: dict[str, Tensor], path: str, what: str) -> None:
+    """Copies `state` into `module`. Raises UserError that lists what is missing, left over or of another shape."""
+    own = module.state_dict()
+    wrong = [f"{n} missing: {sorted(m)[0]}, ..." for m in [own.keys() - state.keys()] if (n := len(m))]
+    wrong += [f"{n} unexpected: {sorted(m)[0]}, ..." for m in [state.keys() - own.keys()] if (n := len(m))]
+    wrong += [f"{k} is {tuple(state[k].shape)}, not {tuple(own[k].shape)}"
+              for k in own.keys() & state.keys() if own[k].shape != state[k].shape][:1]
+    if wrong:
+        raise UserError(f"{path} does not hold {what}: {'; '.join(wrong)}.")
+    module.load_state_dict(state)
+
+
+# Flags
+
+
+def add_config_flags(parser: argparse.ArgumentParser, config_class: type, skip: tuple[str, ...]) -> None:
+    """One flag for each field: --bridger-dim 32, --visual-layers 1,3, --mask-padding / --no-mask-padding."""
+    group = parser.add_argument_group(f"settings of {config_class.__module__}.py (defaults depend on the backbone)")
+    hints = typing.get_type_hints(config_class)
+    for f in fields(config_class):
+        if f.name in skip:
+            continue
+        kind = hints[f.name]
+        flag = dict(default=MISSING, dest=f.name)
+        if kind is bool:
+            flag |= dict(action=argparse.BooleanOptionalAction)
+        elif typing.get_origin(kind) is tuple:
+            flag |= dict(type=integers, metavar="N,N,...")
+        else:
+            flag |= dict(type=kind, metavar=kind.__name__.upper())
+        group.add_argument("--" + f.name.replace("_", "-"), help=argparse.SUPPRESS if kind is bool else None, **flag)
+
+
+def integers(text: str) -> tuple[int, ...]:
+    return tuple(int(t) for t in text.split(",") if t.strip())
+
+
+def config_flags(args: argparse.Namespace, config_class: type) -> dict:
+    """The Config fields that the user set."""
+    return {f.name: v for f in fields(config_class) if (v := getattr(args, f.name, MISSING)) is not MISSING}
+
+
+def config_from_json(config_class: type, values: dict, where: str):
+    """Config from what to_json wrote. Raises UserError for fields this version does not know."""
+    unknown = values.keys() - {f.name for f in fields(config_class)}
+    if unknown:
+        raise UserError(f"{where} has settings that this version lacks: {', '.join(sorted(unknown))}.")
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+# Processes
+
+
+@dataclass(frozen=True)
+class Process:
+    """This process among those that torchrun started (one, without torchrun)."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def gather(self, thing) -> list:
+        """The same thing of every process, in rank order, on every process."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world
+        dist.all_gather_object(things, thing)
+        return things
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def say(self, *words) -> None:
+        if self.rank == 0:
+            print(*words, file=sys.stderr, flush=True)
+
+
+def start(tiny: bool = False, device: str = "auto") -> Process:
+    """Joins torchrun's group (NCCL on CUDA, gloo on CPU) or stands alone."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch finds no CUDA device here; --device cpu runs without.")
+    if device == "cuda":
+        torch.cuda.set_device(local)
+        device = f"cuda:{local}"
+    elif tiny and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # a tiny model gains nothing from a second thread, and loses much on a busy machine
+    # one attention for training and evaluation alike; the fast path rounds otherwise and hides from FLOP counters
+    torch.backends.mha.set_fastpath_enabled(False)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return Process(rank, world, torch.device(device))
+
+
+def run_command(main) -> None:
+    """Runs main(): a UserError becomes one sentence and exit status 2, Ctrl-C status 130; no traceback for either."""
+    try:
+        status = main() or 0
+    except UserError as e:
+        # from a data worker the sentence arrives as the last line of a traceback
+        print("error: " + str(e).strip().splitlines()[-1].removeprefix("common.UserError: "), file=sys.stderr)
+        status = 2
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        status = 130
+    except BrokenPipeError:  # the reader of our output, such as head, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    if dist.is_initialized() and status == 0:
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist.is_initialized():
+        os._exit(status)  # others may hang in a collective; torchrun ends them
+    sys.exit(status)
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM set `.number`, for the loop to save and leave; a second one ends the process at once."""
+
+    def __init__(self):
+        self.number = 0
+        for s in signal.SIGINT, signal.SIGTERM:
+            signal.signal(s, self.received)
+
+    def received(self, number: int, frame) -> None:
+        self.number = number
+        signal.signal(number, signal.SIG_DFL)
+
+
+# Metrics
+
+
+def intersection_union(prediction: Tensor, truth: Tensor) -> tuple[int, int]:
+    """Pixel counts of two bool masks (H, W)."""
+    return int((prediction & truth).sum()), int((prediction | truth).sum())
+
+
+def mask_metrics(rows: list[tuple[int, int]]) -> dict[str, float]:
+    """Percentages over expressions, each an (intersection, union) in pixels.
+
+    oIoU (cIoU): sum of intersections / sum of unions. mIoU: mean of IoUs. Pr@X: share with IoU > X, strictly. Two
+    empty masks have IoU 1.
+    """
+    i, u = np.array(rows, dtype=np.float64).reshape(-1, 2).T
+    iou = np.where(u > 0, i / np.maximum(u, 1), 1.0)
+    metrics = dict(n=len(rows), oIoU=i.sum() / max(u.sum(), 1), mIoU=iou.mean() if len(rows) else 0.0)
+    metrics |= {f"Pr@{x / 10}": (iou > x / 10).mean() if len(rows) else 0.0 for x in range(5, 10)}
+    return {k: v if k == "n" else round(100 * float(v), 4) for k, v in metrics.items()}
+
+
+# Run folders and checkpoints
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path` that becomes `path` when all is written, so nobody finds half a file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {e.strerror or e}.") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value) -> None:
+    with writing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: trainable parameters, and the buffers of the modules that own them (BatchNorm)."""
+    names = set()
+    for prefix, m in model.named_modules():
+        own = [n for n, p in m.named_parameters(recurse=False) if p.requires_grad]
+        if own:
+            own += [n for n, _ in m.named_buffers(recurse=False)]
+        names |= {f"{prefix}.{n}" if prefix else n for n in own}
+    return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k in names}
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over everything that is not trained: which frozen towers a checkpoint belongs to."""
+    digest, trained = hashlib.sha256(), trained_state(model).keys()
+    for k, v in sorted(model.state_dict().items()):
+        if k not in trained:
+            digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_model(path: Path, model: nn.Module, info: dict) -> None:
+    """What was trained as safetensors; `info` (method, config, weights, frozen, ...) as JSON in its metadata."""
+    data = save(trained_state(model), {"refpapers": json.dumps(info)})
+    with writing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def checkpoint_file(path: str) -> Path:
+    """The model.safetensors of a run folder, or the file itself."""
+    file = Path(path) / "model.safetensors" if os.path.isdir(path) else Path(path)
+    if not file.is_file():
+        raise UserError(f"{path}: no checkpoint here; give a run folder with a model.safetensors, or such a file.")
+    return file
+
+
+def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
+    """(info, state) of a checkpoint of ours. Raises UserError for anything else."""
+    file = checkpoint_file(path)
+    try:
+        with safe_open(file, "pt") as f:
+            info = json.loads((f.metadata() or {}).get("refpapers", "null"))
+            state = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{file} is not a whole safetensors file: {str(e)[:200]}") from None
+    if not isinstance(info, dict) or not {"method", "config", "weights", "seed"} <= info.keys():
+        raise UserError(f"{file} was not written by this project's train.py: its metadata names no method and config.")
+    return info, state
+
+
+def load_trained(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Puts a checkpoint's tensors back; every one that this model trains must be there, and no other."""
+    own = trained_state(model)
+    odd = [k for k in own.keys() ^ state.keys()] + [k for k in own.keys() & state.keys()
+                                                    if own[k].shape != state[k].shape]
+    if odd:
+        raise UserError(f"{where} does not fit this model: {len(odd)} tensors differ, such as {sorted(odd)[0]}.")
+    model.load_state_dict(state, strict=False)
+
+
+def load_towers(model: nn.Module, run: str, method: str) -> None:
+    """Takes the towers that another run trained. Raises UserError if it trained none, or others."""
+    info, state = read_checkpoint(run)
+    if info["method"] != method or info["config"]["backbone"] != model.c.backbone:
+        raise UserError(f"--weights {run}: holds {info['method']} with {info['config']['backbone']}, "
+                        f"not {method} with {model.c.backbone}.")
+    towers = model.parts()["backbone"]
+    prefixes = tuple(n + "." for n, m in model.named_modules() if any(m is t for t in towers))
+    state = {k: v for k, v in state.items() if k.startswith(prefixes)}
+    if not state:
+        raise UserError(f"--weights {run}: that run trained no towers (it was --tune {info['config']['tune']}); "
+                        "give its own --weights, or a run with --tune full.")
+    model.load_state_dict(state, strict=False)
+
+
+def build(method, config, weights: str, seed: int):
+    """The method's model on random or given weights. Towers and head are drawn from `seed` alone."""
+    torch.manual_seed(seed)
+    run = os.path.isdir(weights) or weights.endswith("model.safetensors")
+    model = method.Model(config, "random" if run else weights)
+    if run:
+        load_towers(model, weights, method.__name__)
+    return model
+
+
+def versions() -> dict[str, str]:
+    import platform
+    from importlib.metadata import version
+
+    names = "torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow"
+    return {"python": platform.python_version()} | {n: version(n) for n in names}
+
+
+# Counting
+
+
+def count(modules: list[nn.Module] | nn.Module, trainable: bool = False) -> int:
+    """Number of parameters, each once."""
+    modules = modules if isinstance(modules, list) else [modules]
+    seen = {id(p): p for m in modules for p in m.parameters() if p.requires_grad or not trainable}
+    return sum(p.numel() for p in seen.values())
+
+
+def saved_bytes(model: nn.Module, images: Tensor, tokens: Tensor, masks: Tensor) -> int:
+    """Bytes that one training forward keeps for backward: unique storages, without parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    storages = {}
+
+    def keep(t: Tensor) -> Tensor:
+        s = t.untyped_storage()
+        if s.data_ptr() not in own:
+            storages[s.data_ptr()] = s  # held, so that no address is used twice
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        loss = model.loss(model(images, tokens), masks)
+    total = sum(s.nbytes() for s in storages.values())
+    del loss
+    return total
+
+
+def efficiency(model: nn.Module, timed: int = 1) -> dict:
+    """Parameters, FLOPs (1 multiply-add = 2 FLOPs), bytes for backward, seconds of a training step, for one image."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device, size = next(model.parameters()).device, model.preprocess.size
+    images, masks = torch.zeros(2, 3, size, size, device=device), torch.zeros(2, size, size, device=device)
+    tokens = model.tokenize(["the small red circle on the left"] * 2).to(device)
+    parts = {name: count(modules) for name, modules in model.parts().items()}
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        model(images[:1], tokens[:1])
+    model.train()
+    bytes_ = saved_bytes(model, images, tokens, masks)
+    seconds = []
+    for _ in range(timed + 1):
+        begin = time.perf_counter()
+        model.loss(model(images, tokens), masks).backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begin)
+        model.zero_grad()
+    return dict(
+        params_total=count(model), params_trainable=count(model, trainable=True), params_adapter=parts["adapter"],
+        params_head=parts["head"], params_backbone=parts["backbone"],
+        adapter_percent_of_backbone=round(100 * parts["adapter"] / parts["backbone"], 4),
+        gflops_forward=round(flops.get_total_flops() / 1e9, 3), saved_bytes_per_image=bytes_ // 2,
+        step_seconds_per_image=round(min(seconds[1:]) / 2, 4),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads")
+
+
+# Drawing
+
+TINT = np.array([255, 64, 32])
+
+
+def overlay(image: np.ndarray, mask: np.ndarray, caption: str = "", least: int = 480) -> Image.Image:
+    """The photograph (H, W, 3) uint8 with the mask (H, W) bool tinted and outlined, and a caption below.
+
+    Small pictures are drawn larger, the longer side at least `least` pixels.
+    """
+    scale = max(1, -(-least // max(mask.shape)))
+    image, mask = (np.repeat(np.repeat(a, scale, 0), scale, 1) for a in (image, mask))
+    out = image.astype(np.float32)
+    out[mask] = 0.55 * out[mask] + 0.45 * TINT
+    edge, width = np.zeros_like(mask), max(1, max(mask.shape) // 300)
+    for axis in 0, 1:
+        for step in range(1, width + 1):
+            for s in step, -step:
+                edge |= mask & ~shifted(mask, s, axis)
+    out[edge] = 255
+    picture = Image.fromarray(out.round().astype(np.uint8))
+    return captioned(picture, caption) if caption else picture
+
+
+def shifted(mask: np.ndarray, step: int, axis: int) -> np.ndarray:
+    """The mask moved by `step` pixels; beyond the border it repeats, so the border is no edge."""
+    index = np.clip(np.arange(mask.shape[axis]) - step, 0, mask.shape[axis] - 1)
+    return np.take(mask, index, axis)
+
+
+def captioned(picture: Image.Image, caption: str) -> Image.Image:
+    """The picture with the caption under it, in as many lines as it takes."""
+    font = ImageFont.load_default(max(14, picture.width // 34))
+    lines, line = [], ""
+    for word in caption.split():
+        while font.getlength(word) > picture.width - 16 and len(word) > 1:  # no word is wider than the picture
+            word = word[:-1]
+        longer = f"{line} {word}".strip()
+        if line and font.getlength(longer) > picture.width - 16:
+            lines, line = lines + [line], word
+        else:
+            line = longer
+    lines.append(line)
+    height = sum(font.getmetrics())
+    sheet = Image.new("RGB", (picture.width, picture.height + height * len(lines) + 12), "white")
+    sheet.paste(picture)
+    for n, text in enumerate(lines):
+        ImageDraw.Draw(sheet).text((8, picture.height + 6 + n * height), text, "black", font)
+    return sheet
+
+
+def grid(pictures: list[Image.Image], columns: int = 4) -> Image.Image:
+    """Pictures side by side, `columns` to a row."""
+    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (min(columns, len(pictures)) * width, rows * height), "white")
+    for n, p in enumerate(pictures):
+        sheet.paste(p, (n % columns * width, n // columns * height))
+    return sheet

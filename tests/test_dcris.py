@@ -1,0 +1,345 @@
+"""python -m pytest tests/test_dcris.py"""
+
+import copy
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+import dcris
+from common import UserError, count, fingerprint, trained_state
+
+SENTENCES = ["the small red circle on the left", "square"]
+
+
+def on_meta(backbone="dinov2-base", variant="dcris", **flags):
+    with torch.device("meta"):
+        return dcris.DCRIS(dcris.config(backbone, variant, **flags))
+
+
+def tiny(seed=0, **flags):
+    torch.manual_seed(seed)
+    return dcris.DCRIS(dcris.config("tiny", **flags))
+
+
+def inputs(model, n=2, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    images = torch.randn(n, 3, 64, 64, generator=g)
+    return images, model.tokenize((SENTENCES * n)[:n]), (torch.rand(n, 64, 64, generator=g) > 0.7).float()
+
+
+@pytest.mark.parametrize("backbone, variant, adapter, head, total, backbone_total", [
+    ("dinov2-base", "dcris", 2_694_048, 22_802_433, 25_496_481, 150_011_649),
+    ("dinov2-base", "detris", 2_715_696, 22_802_433, 25_518_129, 150_011_649),
+    ("dinov2-large", "dcris", 3_088_800, 23_195_649, 26_284_449, 367_800_833),
+    ("dinov2-large", "detris", 3_110_448, 23_195_649, 26_306_097, 367_800_833)])
+def test_sizes_of_the_four_models(backbone, variant, adapter, head, total, backbone_total):
+    model = on_meta(backbone, variant)
+    parts = {k: count(v) for k, v in model.parts().items()}
+    assert parts == dict(backbone=backbone_total, adapter=adapter, head=head)
+    assert count(model, trainable=True) == total
+    assert count(model) == total + backbone_total
+
+
+@pytest.mark.parametrize("visual, text, size", [(64, 64, 1_912_848), (128, 64, 2_694_048), (128, 128, 3_087_648),
+                                                (256, 128, 4_832_064)])
+def test_table_4(visual, text, size):
+    assert count(on_meta(visual_dim=visual, text_dim=text).parts()["adapter"]) == size
+
+
+@pytest.mark.parametrize("layers", [(8,), (6, 11), (4, 8, 11), (3, 6, 9, 11), (3, 5, 7, 9, 11), (1, 3, 5, 7, 9, 11),
+                                    (1, 3, 5, 7, 9, 10, 11), (1, 3, 4, 5, 7, 9, 10, 11), tuple(range(12))])
+def test_table_5(layers):
+    model = on_meta(visual_layers=layers, text_layers=layers)
+    assert count(model.parts()["adapter"]) == 449_008 * len(layers)
+
+
+def test_table_3_and_the_rows_without_adapters():
+    assert count(on_meta(text_layers=()).parts()["adapter"]) == 6 * 382_896
+    assert count(on_meta(visual_layers=()).parts()["adapter"]) == 6 * 66_112
+    frozen, full = on_meta(tune="frozen"), on_meta(tune="full")
+    assert count(frozen.parts()["adapter"]) == count(full.parts()["adapter"]) == 0
+    assert count(frozen, trainable=True) == 22_802_433
+    assert count(full, trainable=True) == 150_011_649 - 768 - 1 + 22_802_433  # mask token and logit scale: unused
+
+
+def test_towers_run_as_their_libraries_run_them():
+    model = tiny(tune="frozen").eval()
+    images, tokens, _ = inputs(model)
+    f_t, f_s, pad = model.encode_text(tokens)
+    longer = F.pad(tokens, (0, 77 - tokens.shape[1]))
+    assert torch.allclose(model.text.encode_text(longer), f_s, atol=1e-6)
+    assert pad.sum(1).tolist() == [17 - 9, 17 - 3]
+    maps = model.encode_image(images, f_t, pad)
+    out = model.vision(images, output_hidden_states=True)
+    for got, index in zip(maps, (2, 3)):
+        assert torch.allclose(got.flatten(2).transpose(1, 2), out.hidden_states[index][:, 5:], atol=1e-6)
+    assert torch.allclose(maps[2].flatten(2).transpose(1, 2), out.last_hidden_state[:, 5:], atol=1e-6)
+
+
+def test_zero_init_starts_as_the_plain_towers():
+    plain, adapted = tiny(tune="frozen").eval(), tiny(zero_init=True).eval()
+    images, tokens, _ = inputs(plain)
+    for a, b in zip(plain.encode_text(tokens), adapted.encode_text(tokens)):
+        assert torch.equal(a, b)
+    f_t, _, pad = plain.encode_text(tokens)
+    for a, b in zip(plain.encode_image(images, f_t, pad), adapted.encode_image(images, f_t, pad)):
+        assert torch.equal(a, b)
+    assert not torch.equal(tiny().eval().encode_text(tokens)[0], f_t)  # without it they do differ
+
+
+@pytest.mark.parametrize("variant", dcris.VARIANTS)
+def test_only_adapters_and_head_learn(variant):
+    model = tiny(variant=variant).train()
+    before, frozen = copy.deepcopy(model.state_dict()), fingerprint(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    images, tokens, masks = inputs(model, 4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(model(images, tokens), masks).backward()
+        optimizer.step()
+    towers = ("vision.", "text.")
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (not name.startswith(towers)), name
+        assert (p.grad is not None) == p.requires_grad, name
+    assert fingerprint(model) == frozen
+    after, trained = model.state_dict(), trained_state(model)
+    assert all(torch.equal(before[k], after[k]) for k in before if k.startswith(towers))
+    assert {k for k in before if not k.startswith(towers)} == trained.keys()
+    # dead: with a single key the softmax is 1, so the neck's queries and keys (and nothing else) get
+    # nothing but rounding
+    dead = {n for n, p in model.named_parameters() if p.requires_grad and "fusion" in n and "in_proj" in n}
+    for name, p in model.named_parameters():
+        if p.requires_grad and name in dead and variant == "detris":
+            queries_and_keys, values = p.grad.split([len(p) // 3 * 2, len(p) // 3])
+            assert queries_and_keys.abs().max() < 1e-5 * values.abs().max(), name
+        elif p.requires_grad:
+            assert p.grad.any(), name
+    changed = {k for k in trained if not torch.equal(before[k], after[k])}
+    assert trained.keys() - changed == set()
+
+
+def test_blocks_before_the_first_adapter_keep_no_graph():
+    model = tiny(visual_layers=(1, 3), text_layers=(1, 3)).train()
+    seen = {}
+    for tower, blocks in ("vision", model.vision.encoder.layer), ("text", model.text.transformer.resblocks):
+        for i in 0, 1, 2:
+            name = f"{tower} {i}"
+            blocks[i].mlp.register_forward_hook(lambda m, x, y, name=name: seen.update({name: y.requires_grad}))
+    images, tokens, _ = inputs(model)
+    model(images, tokens)
+    # the vision adapters read words that text adapters changed, but only from block 1 on
+    assert seen == {"vision 0": False, "vision 1": False, "vision 2": True,
+                    "text 0": False, "text 1": False, "text 2": True}
+
+
+def test_full_tuning_reaches_every_parameter():
+    model = tiny(tune="full").train()
+    images, tokens, masks = inputs(model)
+    model.loss(model(images, tokens), masks).backward()
+    without = {n for n, p in model.named_parameters() if p.grad is None}
+    assert without == {"vision.embeddings.mask_token", "text.logit_scale"}
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n in without)
+
+
+def test_frozen_towers_stay_in_eval_mode():
+    model = tiny().train()
+    assert not any(m.training for t in (model.vision, model.text) for m in t.modules())
+    assert model.neck.training and model.visual_adapters.training
+    assert all(m.training for m in tiny(tune="full").train().vision.modules())
+
+
+@pytest.mark.parametrize("variant", dcris.VARIANTS)
+def test_a_batch_of_two_is_two_of_one(variant):
+    model = tiny(variant=variant).eval()
+    images, tokens, _ = inputs(model)
+    with torch.no_grad():
+        both = model(images, tokens)
+        one = torch.cat([model(images[i:i + 1], tokens[i:i + 1]) for i in range(2)])
+    assert both.shape == (2, 1, 32, 32)
+    assert torch.allclose(both, one, atol=1e-5)
+    assert not torch.allclose(both[0], both[1], atol=1e-2)
+
+
+def test_more_padding_changes_nothing():
+    short, long = tiny(words=17).eval(), tiny(words=30).eval()
+    images, _, _ = inputs(short)
+    with torch.no_grad():
+        a, b = short(images, short.tokenize(SENTENCES)), long(images, long.tokenize(SENTENCES))
+    assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_other_sizes_and_shapes_of_picture():
+    model = tiny().eval()
+    tokens = model.tokenize(SENTENCES[:1])
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 96, 128), tokens).shape == (1, 1, 48, 64)
+    for grid in "dinov2", "detris":
+        model = tiny(position_grid=grid).eval()
+        assert model.embed(torch.randn(1, 3, 96, 128), (12, 16)).shape == (1, 5 + 192, 64)
+
+
+def test_tokens():
+    model = on_meta()
+    tokens = model.tokenize(["The RED car", "dog " * 50])
+    assert tokens.tolist()[0] == [49406, 518, 736, 1615, 49407] + [0] * 12  # CLIP's published ids
+    assert tokens[1, 0] == 49406 and tokens[1, -1] == 49407 and len(tokens[1]) == 17
+    small = tiny().tokenize(["the red triangle", "!", "zyzzyva ünïcödé 犬"])
+    assert small.max() == 4095 and (small == 4094).sum() == 3 and (small.argmax(1) > 0).all()
+
+
+def test_the_dynamic_kernel_is_a_convolution():
+    proj = dcris.Projector(16, 8)
+    proj.vis = torch.nn.Identity()
+    f_c, f_s = torch.randn(3, 8, 5, 7), torch.randn(3, 8)
+    weights = proj.txt(f_s)
+    expected = torch.cat([F.conv2d(f_c[i:i + 1], weights[i, :-1].view(1, 8, 3, 3), weights[i, -1:], padding=1)
+                          for i in range(3)])
+    assert torch.allclose(proj(f_c, f_s), expected, atol=1e-5)
+
+
+def test_densely_connected_branches_see_what_eq_1_says():
+    block = dcris.DenselyConnected(32, 2).eval()
+    shapes = [tuple(m.weight.shape) for m in block.modules() if isinstance(m, torch.nn.Conv2d)]
+    assert shapes == [(16, 32, 1, 1), (2, 48, 1, 1), (8, 2, 3, 3), (2, 56, 1, 1), (8, 2, 5, 5)]
+    x = torch.zeros(1, 32, 9, 9)
+    reach = torch.zeros(9, 9, dtype=torch.bool)
+    for m in block.modules():  # positive weights, so that no ReLU hides a path
+        if isinstance(m, torch.nn.Conv2d):
+            torch.nn.init.constant_(m.weight, 0.1)
+    y = x.clone()
+    y[:, :, 4, 4] = 1
+    reach = (block(y) != block(x)).any(1)[0]
+    assert reach.nonzero().min(0).values.tolist() == [1, 1]  # 3x3 feeds 5x5: three pixels to each side
+    assert reach.nonzero().max(0).values.tolist() == [7, 7]
+
+
+def test_loss_is_eq_6():
+    model = tiny(dice=0.0)
+    logits, masks = torch.randn(2, 1, 4, 4), torch.zeros(2, 8, 8)
+    masks[:, :4, :4] = 1
+    p = logits.sigmoid()[:, 0]
+    target = masks[:, ::2, ::2]
+    by_hand = -(target * p.log() + (1 - target) * (1 - p).log()).sum() / 32
+    assert torch.allclose(model.loss(logits, masks), by_hand, atol=1e-6)
+
+
+def test_detris_differs_from_dcris_where_it_says():
+    c, d = dcris.config("dinov2-base"), dcris.config("dinov2-base", "detris")
+    assert (d.text_adapter, d.mask_padding, d.double_prefix, d.neck_text) == ("dense", False, True, "sentence")
+    assert (d.position_grid, d.normalize, d.epochs, d.milestones) == ("detris", "clip", 65, (35, 55))
+    assert (c.epochs, c.milestones, c.lr, c.batch_size) == (50, (35,), 1e-4, 32)
+    big = dcris.config("dinov2-large")
+    assert (big.lr, big.batch_size, big.taps, big.visual_layers) == (2e-4, 64, (9, 17), (2, 6, 10, 14, 18, 22))
+    assert dcris.config(dataset="refcocog_umd").words == 22
+
+
+@pytest.mark.parametrize("flags, word", [
+    (dict(visual_layers=(1, 99)), "visual-layers"), (dict(image_size=65), "image-size"), (dict(words=99), "words"),
+    (dict(visual_dim=40), "visual-dim"), (dict(taps=(3, 2)), "taps"), (dict(text_adapter="x"), "text-adapter"),
+    (dict(batch_size=0), "batch-size"), (dict(threshold=1.5), "threshold"), (dict(optimizer="sgd"), "optimizer")])
+def test_impossible_settings_are_named(flags, word):
+    with pytest.raises(UserError, match=word):
+        dcris.config("tiny", **flags)
+
+
+# files in the released layouts, made here with random weights
+
+
+def meta_layout(model):
+    """A Dinov2WithRegistersModel's weights under the names of Meta's .pth files."""
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    out = {}
+    for k, v in state.items():
+        k = k.replace("embeddings.position_embeddings", "pos_embed")
+        k = k.replace("embeddings.patch_embeddings.projection", "patch_embed.proj").replace("embeddings.", "")
+        k = k.replace("encoder.layer.", "blocks.").replace("layer_scale1.lambda1", "ls1.gamma")
+        k = k.replace("layer_scale2.lambda1", "ls2.gamma").replace("layernorm", "norm")
+        k = k.replace("attention.o_proj", "attn.proj").replace("attention.output.dense", "attn.proj")
+        out[k] = v
+    for i in range(model.config.num_hidden_layers):
+        names = [[k for k in out if k.startswith(f"blocks.{i}.") and any(s in k for s in (f".{q[0]}_proj", f".{q}."))
+                  and k.endswith(end)] for end in ("weight", "bias") for q in ("query", "key", "value")]
+        parts = [out.pop(n[0]) for n in names]
+        out[f"blocks.{i}.attn.qkv.weight"], out[f"blocks.{i}.attn.qkv.bias"] = torch.cat(parts[:3]), torch.cat(parts[3:])
+    return out
+
+
+def hub_layout(model):
+    """The names in the hub's model.safetensors, which transformers 5 renames as it loads."""
+    names = {"attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
+             "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense"}
+    out = {}
+    for k, v in model.state_dict().items():
+        for a, b in names.items():
+            k = k.replace(a, b)
+        out[k] = v.clone()
+    return out
+
+
+@pytest.fixture
+def towers(tmp_path):
+    torch.manual_seed(5)
+    names = dcris.BACKBONES["tiny"]
+    vision = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**names["dino"]))
+    clip = open_clip.CLIP(**names["clip"])
+    for p in [*vision.parameters(), *clip.parameters()]:
+        p.data.normal_(std=0.1)
+    torch.save(meta_layout(vision), tmp_path / "dino.pth")
+    save_file(hub_layout(vision), tmp_path / "dino.safetensors")
+    save_file({k: v.clone() for k, v in clip.state_dict().items()}, tmp_path / "clip.safetensors")
+
+    class Archive(torch.nn.Module):  # OpenAI publishes TorchScript archives with three notes among the weights
+        def __init__(self):
+            super().__init__()
+            for name, m in clip.named_children():
+                setattr(self, name, m)
+            for name, p in clip.named_parameters(recurse=False):
+                setattr(self, name, p)
+            for name in "input_resolution", "context_length", "vocab_size":
+                self.register_buffer(name, torch.tensor(7))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    torch.jit.trace(Archive(), torch.zeros(1)).save(str(tmp_path / "clip.pt"))
+    return tmp_path, vision, clip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dino, text", [("dino.pth", "clip.pt"), ("dino.safetensors", "clip.safetensors")])
+def test_released_files_load_whole(towers, dino, text):
+    folder, vision, clip = towers
+    model = dcris.DCRIS(dcris.config("tiny"), f"{folder / dino},{folder / text}")
+    for k, v in vision.state_dict().items():
+        assert torch.equal(model.vision.state_dict()[k], v), k
+    for k, v in model.text.state_dict().items():
+        assert torch.equal(clip.state_dict()[k], v), k
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_wrong_weights_are_named(towers):
+    folder, vision, _ = towers
+    c = dcris.config("tiny")
+    short = {k: v for k, v in meta_layout(vision).items() if k != "norm.weight"}
+    torch.save(short, folder / "short.pth")
+    (folder / "broken.pth").write_bytes((folder / "dino.pth").read_bytes()[:5000])
+    for weights, word in [(f"{folder}/short.pth,{folder}/clip.pt", "1 missing: layernorm.weight"),
+                          (f"{folder}/dino.pth", "found DINOv2"), (f"{folder}/none.pth", "no such weights file"),
+                          (f"{folder}/broken.pth,{folder}/clip.pt", "broken.pth cannot be read"),
+                          ("pretrained", "no released weights")]:
+        with pytest.raises(UserError, match=word):
+            dcris.DCRIS(c, weights)
+    with pytest.raises(UserError, match="dinov2-base"):
+        dcris.DCRIS(dcris.config("dinov2-base"), f"{folder}/dino.pth,{folder}/clip.pt")
+
+
+def test_without_a_network_one_sentence_says_what_to_fetch(monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
+    with pytest.raises(UserError, match="hf download facebook/dinov2-with-registers-base model.safetensors.*random"):
+        dcris.DCRIS(dcris.config("dinov2-base"), "pretrained")

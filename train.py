@@ -1,0 +1,328 @@
+"""Trains one of the methods.
+
+    python train.py --method dcris                                       # built-in shapes, tiny towers, two CPU cores
+    python train.py --method dcris --dataset refcoco --data-root DATA    # one GPU
+    torchrun --nproc_per_node 8 train.py --method dcris --dataset refcoco --data-root DATA
+    python train.py ... --resume                                         # the same command, where it stopped
+
+The run folder gets config.json (everything, resolved), log.jsonl, model.safetensors (what was trained, best on val),
+resume.pt (all that --resume needs) and metrics.json. Every setting of the method is a flag; --help with --method X
+lists them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import common
+import data
+from common import Process, UserError
+from evaluate import METHODS, evaluate_split, load_method
+
+
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
+    """(arguments, the method's Config)"""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("--method", required=True, choices=METHODS)
+    p.add_argument("--dataset", default="shapes", help=", ".join(data.DATASETS))
+    p.add_argument("--data-root", help="folder of the data set (see the README for its layout)")
+    p.add_argument("--backbone", help="default: tiny for shapes, otherwise the paper's")
+    p.add_argument("--variant", help="default: the paper's")
+    p.add_argument("--tune", help="method (adapters and head), frozen (head alone) or full (everything)")
+    p.add_argument("--weights", help="pretrained (default), random (default for tiny), file[,file], or a run folder")
+    p.add_argument("--out", help="run folder; default: runs/METHOD-DATASET")
+    p.add_argument("--resume", action="store_true", help="continue the run in --out")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="auto: off on a CPU")
+    p.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after another, to save memory")
+    p.add_argument("--workers", type=int, help="processes that read data, for each process that trains")
+    p.add_argument("--log-every", type=int, default=50, help="steps")
+    p.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    known, _ = p.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
+    method = load_method(known.method)
+    common.add_config_flags(p, method.Config, skip=("backbone", "variant", "tune"))
+    args = p.parse_args(argv)
+    args.backbone = args.backbone or ("tiny" if args.dataset.startswith("shapes") else next(iter(method.BACKBONES)))
+    args.variant = args.variant or method.VARIANTS[0]
+    args.weights = args.weights or ("random" if args.backbone == "tiny" else "pretrained")
+    random_tiny = args.backbone == "tiny" and args.weights == "random"
+    args.tune_said = args.tune is None and random_tiny
+    args.tune = args.tune or ("full" if random_tiny else method.TUNES[0])
+    for name, names in ("backbone", method.BACKBONES), ("variant", method.VARIANTS), ("tune", method.TUNES):
+        if getattr(args, name) not in names:
+            p.error(f"--{name} {getattr(args, name)}: {args.method} has {', '.join(names)}")
+    if args.workers is None:
+        args.workers = max(1, min(4, (os.cpu_count() or 1) - 1))
+    if args.accumulate < 1 or args.log_every < 1 or args.workers < 0 or args.seed < 0:
+        p.error("--accumulate and --log-every must be positive, --workers and --seed not negative")
+    c = method.config(args.backbone, args.variant, args.dataset, tune=args.tune,
+                      **common.config_flags(args, method.Config))
+    return args, c
+
+
+def learning_rate(step: int, steps: int, per_epoch: int, c) -> float:
+    """Factor of the base rate at a step, counted from 0."""
+    warm = min(1.0, (step + 1) / c.warmup) if c.warmup else 1.0
+    if c.schedule == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+    return warm * 0.1 ** sum(step >= m * per_epoch for m in c.milestones)
+
+
+def micro_batches(n: int, c, seed: int, steps: range, process: Process, accumulate: int) -> Iterator[list]:
+    """Indices (epoch, object) of this process, one list for each part of each step.
+
+    An epoch's order depends on (seed, epoch) alone, and the processes share out the same global batch, so neither
+    their number nor an interruption changes what a step learns from. The last, smaller batch is dropped.
+    """
+    per_epoch, size = n // c.batch_size, c.batch_size // (accumulate * process.world)
+    epoch = -1
+    for step in steps:
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = np.random.default_rng([seed, epoch]).permutation(n)
+        first = step % per_epoch * c.batch_size
+        for part in range(accumulate):
+            begin = first + (part * process.world + process.rank) * size
+            yield [(epoch, int(i)) for i in order[begin:begin + size]]
+
+
+def quiet_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that trains decides when to stop
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def open_run(args: argparse.Namespace, settings: dict, process: Process) -> Path:
+    """Makes the run folder, or finds the one to resume. Never writes over a run."""
+    out, base = Path(args.out or f"runs/{args.method}-{args.dataset}"), 2
+    while args.out is None and (out / "config.json").exists():
+        following = Path(f"runs/{args.method}-{args.dataset}-{base}")
+        if args.resume and not (following / "config.json").exists():
+            break  # the last one
+        out, base = following, base + 1
+    config = out / "config.json"
+    if not args.resume:
+        if config.exists():
+            raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
+        if process.rank == 0:
+            common.write_json(config, settings)
+    elif not config.exists() or not (out / "resume.pt").exists():
+        raise UserError(f"--resume: {out} holds no run that was saved; leave --resume away to start one.")
+    else:
+        before = json.loads(config.read_text())
+        same = json.loads(json.dumps(settings))
+        fixed = {k: v for k, v in same["config"].items()} | {k: same[k] for k in ("dataset", "weights", "seed")}
+        was = before["config"] | {k: before[k] for k in ("dataset", "weights", "seed")}
+        changed = [k for k in fixed if fixed[k] != was.get(k)]
+        if changed:
+            raise UserError(f"--resume: {out} was started with {changed[0]} = {was.get(changed[0])}, not "
+                            f"{fixed[changed[0]]}; give the same flags, or start another run with another --out.")
+    return out
+
+
+def load_resume(path: Path, process: Process) -> dict:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # a broken file fails in many ways
+        raise UserError(f"{path} cannot be read ({str(e).splitlines()[0][:100]}); the run cannot be resumed, "
+                        "its model.safetensors is untouched.") from None
+
+
+def rng_state(device: torch.device) -> list:
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, c = parse(argv)
+    process = common.start(tiny=args.backbone == "tiny", device=args.device)
+    device, method = process.device, load_method(args.method)
+    stop = common.StopSignal()
+
+    # data
+    train_source = data.open_dataset(args.dataset, "train", args.data_root, args.seed)
+    val_source = data.open_dataset(args.dataset, "val", args.data_root, args.seed)
+    per_epoch = len(train_source) // c.batch_size
+    if per_epoch == 0:
+        raise UserError(f"{args.dataset} train has {len(train_source)} objects, fewer than one batch; "
+                        f"--batch-size {len(train_source)} fits.")
+    if c.batch_size % (args.accumulate * process.world):
+        raise UserError(f"--batch-size {c.batch_size} cannot be shared out to {process.world} processes in "
+                        f"{args.accumulate} parts each; a multiple of {args.accumulate * process.world} can.")
+    steps = c.steps or c.epochs * per_epoch
+    val_every = c.val_every or per_epoch
+
+    # model
+    model = common.build(method, c, args.weights, args.seed).to(device)
+    frozen = common.fingerprint(model)
+    info = dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, frozen=frozen, seed=args.seed,
+                dataset=args.dataset, data_root=args.data_root, versions=common.versions())
+    out = process.gather(open_run(args, info, process))[0]
+    towers = {id(p) for m in model.parts()["backbone"] for p in m.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [dict(params=[p for p in trained if id(p) not in towers], base=c.lr),
+              dict(params=[p for p in trained if id(p) in towers], base=c.lr * c.tower_lr)]
+    adam = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
+    optimizer = adam([g for g in groups if g["params"]], lr=c.lr, weight_decay=c.weight_decay, fused=True)
+    amp = args.amp if args.amp != "auto" else "off" if device.type == "cpu" else (
+        "bf16" if torch.cuda.is_bf16_supported() else "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, enabled=amp != "off")
+
+    process.say(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: {len(train_source)} objects, "
+                f"{steps} steps of {c.batch_size}, seed {args.seed}, {process.world} x {device}, amp {amp}, to {out}")
+    if args.tune_said:
+        process.say("the tiny towers are random, so nothing is worth freezing yet: --tune full, everything is trained")
+    process.say(f"trained: {common.count(model, True):,} of {common.count(model):,} parameters (--tune {c.tune})")
+
+    # resume
+    first, best, seconds = 0, -1.0, 0.0
+    if args.resume:
+        saved = load_resume(out / "resume.pt", process)
+        if saved["frozen"] != frozen:
+            raise UserError(f"--resume: the frozen towers are not the ones that {out} was started with.")
+        common.load_trained(model, saved["model"], str(out / "resume.pt"))
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        first, best, seconds = saved["step"], saved["best"], saved["seconds"]
+        process.say(f"resumed at step {first}")
+        if process.rank == 0:  # lines after the saved step will come again
+            lines = [s for s in (out / "log.jsonl").read_text().splitlines() if json.loads(s)["step"] <= first]
+            with common.writing(out / "log.jsonl") as temporary:
+                temporary.write_text("".join(s + "\n" for s in lines))
+
+    net = model
+    if process.world > 1:
+        if device.type == "cuda":
+            net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    loader = iter(DataLoader(
+        data.TrainSet(train_source, model.preprocess, args.seed), num_workers=args.workers, collate_fn=data.collate,
+        batch_sampler=micro_batches(len(train_source), c, args.seed, range(first, steps), process, args.accumulate),
+        worker_init_fn=quiet_worker, pin_memory=device.type == "cuda"))
+    torch.manual_seed(args.seed + process.rank)  # dropout
+    if args.resume and process.rank < len(saved["rng"]):
+        torch.set_rng_state(saved["rng"][process.rank][0])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(saved["rng"][process.rank][1], device)
+
+    def log(**entry) -> None:
+        if process.rank == 0:
+            with open(out / "log.jsonl", "a") as f:
+                f.write(json.dumps(entry) + "\n")
+
+    def save_best() -> None:
+        if process.rank == 0:
+            common.save_model(out / "model.safetensors", model, info | dict(step=step, val=val))
+
+    def save_resume() -> None:
+        rng = process.gather(rng_state(device))
+        if process.rank == 0:
+            state = dict(model=common.trained_state(model), optimizer=optimizer.state_dict(), frozen=frozen,
+                         scaler=scaler.state_dict(), step=step, best=best, rng=rng,
+                         seconds=seconds + time.perf_counter() - begin)
+            with common.writing(out / "resume.pt") as temporary:
+                torch.save(state, temporary)
+
+    # train
+    bar = tqdm(total=steps, initial=first, disable=process.rank > 0 or not sys.stderr.isatty())
+    begin = since = time.perf_counter()
+    step, val, interval = first, {}, []
+    net.train()
+    for step in range(first + 1, steps + 1):
+        factor = learning_rate(step - 1, steps, per_epoch, c)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base"] * factor
+        total = torch.zeros((), device=device)
+        for part in range(args.accumulate):
+            batch = next(loader)
+            images = batch["image"].to(device, non_blocking=True)
+            masks = batch["mask"].to(device, non_blocking=True)
+            tokens = model.tokenize(batch["sentence"]).to(device)
+            sync = part == args.accumulate - 1 or process.world == 1
+            with nullcontext() if sync else net.no_sync():
+                with autocast:
+                    loss = model.loss(net(images, tokens), masks) / args.accumulate
+                scaler.scale(loss).backward()
+            total += loss.detach()
+        status = torch.stack([total / process.world, total.new_tensor(float(stop.number))])
+        if process.world > 1:
+            dist.all_reduce(status)
+        loss_value, stopped = status.tolist()
+        if not math.isfinite(loss_value):
+            raise UserError(f"the loss is {loss_value} at step {step}, so the run stops before it spoils the weights; "
+                            f"its last batch here: {', '.join(batch['id'])}. A lower --lr or --amp off may help; "
+                            f"what was saved in {out} is untouched.")
+        if c.clip_norm:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(trained, c.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        interval.append(loss_value)
+
+        bar.update()
+        if step % args.log_every == 0 or step == steps:
+            now = time.perf_counter()
+            rate = len(interval) * c.batch_size / (now - since)
+            entry = dict(step=step, loss=round(sum(interval) / len(interval), 6), lr=c.lr * factor,
+                         images_per_s=round(rate, 1), peak_gib=round(peak_memory(device), 2),
+                         seconds=round(seconds + now - begin, 1))
+            log(**entry)
+            eta = (steps - step) * c.batch_size / rate
+            line = (f"step {step}/{steps}  loss {entry['loss']:.4f}  lr {entry['lr']:.2e}  {rate:.0f} images/s  "
+                    f"ETA {eta / 60:.1f} min  peak {entry['peak_gib']:.2f} GiB")
+            bar.set_postfix_str(f"loss {entry['loss']:.4f} peak {entry['peak_gib']:.2f} GiB") if not bar.disable \
+                else process.say(line)
+            interval, since = [], now
+        if step % val_every == 0 or step == steps:
+            val = evaluate_split(model, val_source, process, c.batch_size, 0)
+            log(step=step, epoch=round(step / per_epoch, 3), val=val)
+            if not bar.disable:
+                bar.clear()
+            process.say(f"step {step}  val  " + "  ".join(f"{k} {v}" for k, v in val.items()))
+            if val["mIoU"] > best:
+                best = val["mIoU"]
+                save_best()
+                if process.rank == 0:
+                    common.write_json(out / "metrics.json", dict(step=step, split="val", dataset=args.dataset, **val))
+            save_resume()
+            since = time.perf_counter()
+        if stopped:
+            save_resume()
+            if best < 0:
+                save_best()
+            process.say(f"stopped at step {step} and saved; the same command with --resume goes on from there.")
+            return 128 + (stop.number or signal.SIGTERM)
+    bar.close()
+    process.say(f"best val mIoU {best} in {(seconds + time.perf_counter() - begin) / 60:.1f} min. Next:\n"
+                f"  python evaluate.py --ckpt {out} --split all")
+    return 0
+
+
+if __name__ == "__main__":
+    common.run_command(main)
