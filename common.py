@@ -138,11 +138,13 @@ def add_config_flags(parser: argparse.ArgumentParser, config_class: type, skip: 
             continue
         kind = hints[f.name]
         flag = dict(default=MISSING, dest=f.name)
+        if typing.get_origin(kind) is typing.Literal:
+            flag, kind = flag | dict(choices=typing.get_args(kind)), str
         if kind is bool:
             flag |= dict(action=argparse.BooleanOptionalAction)
         elif typing.get_origin(kind) is tuple:
             flag |= dict(type=integers, metavar="N,N,...")
-        else:
+        elif "choices" not in flag:
             flag |= dict(type=kind, metavar=kind.__name__.upper())
         group.add_argument("--" + f.name.replace("_", "-"), help=argparse.SUPPRESS if kind is bool else None, **flag)
 
@@ -154,6 +156,29 @@ def integers(text: str) -> tuple[int, ...]:
 def config_flags(args: argparse.Namespace, config_class: type) -> dict:
     """The Config fields that the user set."""
     return {f.name: v for f in fields(config_class) if (v := getattr(args, f.name, MISSING)) is not MISSING}
+
+
+def check_config(c, **rules: tuple[bool, str]) -> None:
+    """Raises UserError for a setting that cannot be, and names it. Each of a method's own rules is a field's name with
+    (whether it is fine, what is wanted)."""
+    positive = "batch_size", "epochs", "lr", "image_size"
+    for name, kind in typing.get_type_hints(type(c)).items():
+        value, wanted = getattr(c, name), None
+        if typing.get_origin(kind) is typing.Literal and value not in typing.get_args(kind):
+            wanted = " or ".join(typing.get_args(kind))
+        elif kind in (int, float) and not 0 <= value < float("inf"):
+            wanted = "0 or more"
+        elif kind is int and value == 0 and (name in positive or name.endswith(("_dim", "_heads"))):
+            wanted = "positive"
+        elif name == "threshold" and not 0 < value < 1:
+            wanted = "between 0 and 1"
+        elif typing.get_origin(kind) is tuple and (len(set(value)) < len(value) or min(value, default=0) < 0):
+            wanted = "different numbers, none negative"
+        if wanted:
+            raise UserError(f"--{name.replace('_', '-')} {value} cannot be: {wanted}.")
+    for name, (fine, wanted) in rules.items():
+        if not fine:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} cannot be: {wanted}.")
 
 
 def config_from_json(config_class: type, values: dict, where: str):

@@ -36,8 +36,9 @@ Deviations (the paper is silent, contradicts its printed figures, or its success
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import open_clip
 import torch
@@ -45,7 +46,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from common import Preprocess, UserError, fetch, load_exactly, read_weights
+from common import Preprocess, UserError, check_config, fetch, load_exactly, read_weights
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -73,7 +74,7 @@ class Config:
 
     backbone: str = "dinov2-base"           # Sec. 4.2
     variant: str = "dcris"
-    tune: str = "method"                    # Table 2: adapters; "frozen" = Fix Backbone; "full" = Full-Tuning
+    tune: str = "method"                    # Table 2; "frozen" = Fix Backbone; "full" = Full-Tuning
     # architecture
     image_size: int = 448                   # Sec. 4.2, pixels; any multiple of the patch size
     words: int = 17                         # BPE tokens with start and end; 22 for G-Ref (umd)
@@ -85,15 +86,15 @@ class Config:
     cross_heads: int = 8
     cross_dropout: float = 0.1
     adapter_scale: float = 0.2
-    text_adapter: str = "plain"             # Eq. 3; "dense" = DETRIS: Eq. 1 over the words in its middle
+    text_adapter: Literal["plain", "dense"] = "plain"  # Eq. 3; dense, as DETRIS: Eq. 1 over the words in its middle
     mask_padding: bool = True
     double_prefix: bool = False
     dense_residual: bool = False            # Eq. 2 + F_dense: not the paper's, a shorter way for its gradient
     zero_init: bool = False                 # adapters start as nothing: not the paper's
-    position_grid: str = "dinov2"           # or "detris"
-    normalize: str = "imagenet"             # or "clip"
+    position_grid: Literal["dinov2", "detris"] = "dinov2"
+    normalize: Literal["imagenet", "clip"] = "imagenet"
     taps: tuple[int, int] = (5, 9)          # Sec. 3.4: maps after so many blocks, and the last
-    neck_text: str = "words"                # Eq. 4; "sentence" = DETRIS
+    neck_text: Literal["words", "sentence"] = "words"  # Eq. 4; sentence, as DETRIS
     head_dim: int = 512
     head_heads: int = 8
     decoder_layers: int = 3                 # Sec. 3.4
@@ -104,11 +105,11 @@ class Config:
     epochs: int = 50
     steps: int = 0                          # 0: as many as the epochs have
     batch_size: int = 32                    # of all processes together
-    optimizer: str = "adam"
+    optimizer: Literal["adam", "adamw"] = "adam"
     lr: float = 1e-4
     tower_lr: float = 1.0                   # times lr, for towers that are trained
     weight_decay: float = 0.0
-    schedule: str = "step"                  # x 0.1 at each milestone (epochs); "cosine" to 0 over the run
+    schedule: Literal["step", "cosine"] = "step"  # x 0.1 at each milestone (epochs); cosine: to 0 over the run
     milestones: tuple[int, ...] = (35,)
     warmup: int = 0                         # steps
     clip_norm: float = 0.0                  # 0: gradients are not clipped
@@ -137,39 +138,23 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
                   dice=1.0, val_every=250)
     if flags.get("tune") in ("frozen", "full"):
         c |= dict(visual_layers=(), text_layers=())
-    return check(Config(**(c | flags)))
-
-
-def check(c: Config) -> Config:
-    """Raises UserError for a setting that no model can have, and names it."""
-    dino = BACKBONES[c.backbone]["dino"]
-    depth, text_depth = dino["num_hidden_layers"], 4 if c.backbone == "tiny" else 12
-    patch = dino["patch_size"]
-    rules = dict(
-        visual_layers=(set(c.visual_layers) <= set(range(depth)), f"blocks from 0 to {depth - 1}"),
+    c = Config(**(c | flags))
+    dino = BACKBONES[backbone]["dino"]
+    depth, text_depth, text_width = dino["num_hidden_layers"], *((4, 64) if backbone == "tiny" else (12, 512))
+    check_config(
+        c, visual_layers=(set(c.visual_layers) <= set(range(depth)), f"blocks from 0 to {depth - 1}"),
         text_layers=(set(c.text_layers) <= set(range(text_depth)), f"blocks from 0 to {text_depth - 1}"),
-        image_size=(c.image_size > 0 and c.image_size % patch == 0, f"a multiple of the patch size, {patch}"),
+        image_size=(c.image_size % dino["patch_size"] == 0, f"a multiple of the patch size, {dino['patch_size']}"),
         words=(3 <= c.words <= 77, "3 to 77 tokens, what CLIP's text tower reads"),
-        visual_dim=(c.visual_dim > 0 and c.visual_dim % 16 == 0, "a multiple of 16 (Eq. 1)"),
-        text_dim=(c.text_dim > 0 and (c.text_adapter == "plain" or c.text_dim % 16 == 0),
-                  "positive, and a multiple of 16 for the dense text adapter"),
-        cross_dim=(c.cross_dim > 0 and c.cross_dim % c.cross_heads == 0, f"a multiple of {c.cross_heads} heads"),
-        head_dim=(c.head_dim == (64 if c.backbone == "tiny" else 512), "the width of the words, which are its keys"),
-        head_heads=(c.head_heads > 0 and c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
-        taps=(len(c.taps) == 2 and 1 <= c.taps[0] < c.taps[1] < depth, f"two rising numbers, 1 to {depth - 1}"),
-        text_adapter=(c.text_adapter in ("plain", "dense"), "plain or dense"),
-        neck_text=(c.neck_text in ("words", "sentence"), "words or sentence"),
-        position_grid=(c.position_grid in ("dinov2", "detris"), "dinov2 or detris"),
-        normalize=(c.normalize in ("imagenet", "clip"), "imagenet or clip"),
-        optimizer=(c.optimizer in ("adam", "adamw"), "adam or adamw"),
-        schedule=(c.schedule in ("step", "cosine"), "step or cosine"),
-        threshold=(0 < c.threshold < 1, "between 0 and 1"),
-    )
-    rules |= {n: (getattr(c, n) > 0, "positive") for n in ("batch_size", "epochs", "lr", "decoder_layers", "decoder_ffn")}
-    for name, (fine, wanted) in rules.items():
-        if not fine:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} cannot be: {wanted}.")
+        visual_dim=(c.visual_dim % 16 == 0, "a multiple of 16 (Eq. 1)"),
+        text_dim=(c.text_adapter == "plain" or c.text_dim % 16 == 0, "a multiple of 16 (Eq. 1)"),
+        cross_heads=(c.cross_dim % c.cross_heads == 0, f"a divisor of cross_dim, {c.cross_dim}"),
+        head_dim=(c.head_dim == text_width, f"{text_width}, the width of the words, which are the decoder's keys"),
+        head_heads=(c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
+        taps=(len(c.taps) == 2 and 1 <= c.taps[0] < c.taps[1] < depth, f"two rising numbers, 1 to {depth - 1}"))
     return c
+
+
 
 
 # Adapters (Sec. 3.3)

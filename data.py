@@ -1,0 +1,588 @@
+"""Data sets, pictures and batches.
+
+`shapes` and `shapes-shift` are drawn here; `refcoco`, `refcoco+`, `refcocog_umd`, `refcocog_google` and `refclef` are
+read in REFER's layout (any folder in that layout works):
+
+    DATA_ROOT/refcoco/refs(unc).p        DATA_ROOT/refcoco/instances.json        (refcoco+, refcocog, refclef likewise)
+    DATA_ROOT/images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
+    (also DATA_ROOT/images/train2014 and DATA_ROOT/train2014; refclef: DATA_ROOT/images/saiapr_tc-12)
+
+A source (Shapes, Refer) knows objects and reads one as a Record; TrainSet and EvalSet turn records into tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common import Preprocess, UserError
+
+REFER_FILES = {  # data set -> folder, refs file, splits
+    "refcoco": ("refcoco", "refs(unc).p", ("train", "val", "testA", "testB")),
+    "refcoco+": ("refcoco+", "refs(unc).p", ("train", "val", "testA", "testB")),
+    "refcocog_umd": ("refcocog", "refs(umd).p", ("train", "val", "test")),
+    "refcocog_google": ("refcocog", "refs(google).p", ("train", "val")),
+    "refclef": ("refclef", "refs(berkeley).p", ("train", "val", "test")),
+}
+SHAPE_SETS = ("shapes", "shapes-shift")
+SPLITS = {name: ("train", "val", "testA", "testB") for name in SHAPE_SETS} | {k: v[2] for k, v in REFER_FILES.items()}
+DATASETS = tuple(SPLITS)
+
+
+@dataclass
+class Record:
+    """One object of one picture, with every sentence that refers to it."""
+
+    image: np.ndarray             # (H, W, 3) uint8, RGB
+    mask: np.ndarray              # (H, W) bool
+    box: tuple[float, float, float, float]  # of the mask: x1, y1, x2, y2 in pixels, x2 and y2 one past the last
+    sentences: tuple[str, ...]
+    image_id: int
+    ref_id: int
+    file: str
+
+
+def open_dataset(name: str, split: str, data_root: str | None = None, seed: int = 0) -> Shapes | Refer:
+    """The source of a split. Raises UserError for a name or a split that does not exist, and for missing files."""
+    if name == "refcocog":
+        raise UserError("refcocog has two sets of splits: say refcocog_umd (train, val, test) or refcocog_google.")
+    if name not in SPLITS:
+        raise UserError(f"data set {name!r} is unknown; there are {', '.join(DATASETS)}.")
+    if split not in SPLITS[name]:
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(SPLITS[name])}.")
+    if name in SHAPE_SETS:
+        return Shapes(name, split, seed)
+    if not data_root:
+        raise UserError(f"{name} is read from files: --data-root DATA says where they are (see the README).")
+    return Refer(name, split, data_root)
+
+
+def check_sentence(sentence: str) -> str:
+    """The sentence without outer blanks. Raises UserError if nothing is left."""
+    if not sentence.strip():
+        raise UserError("the sentence is empty; say what to look for, such as \"left dog\".")
+    return sentence.strip()
+
+
+# Pictures
+
+
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Any picture that Pillow reads, as (H, W, 3) uint8 RGB: upright (EXIF), transparency over white, 16-bit scaled.
+
+    `size` (H, W) is what an annotation file says: the EXIF turn is left out where only the stored pixels have that
+    size. Raises UserError for a file that is missing, no picture, cut off, or of another size.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            upright = ImageOps.exif_transpose(picture)
+            if size is not None and upright.size[::-1] != tuple(size):
+                if picture.size[::-1] != tuple(size):
+                    raise UserError(f"{path} has {picture.size[0]} x {picture.size[1]} pixels, its annotations are for "
+                                    f"{size[1]} x {size[0]}.")
+                upright = picture
+            return to_rgb(upright)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such picture.") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path} is not a picture that Pillow can read.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # what broken files raise
+        raise UserError(f"{path} cannot be read: {str(e).splitlines()[0]}.") from None
+
+
+def to_rgb(picture: Image.Image) -> np.ndarray:
+    if picture.mode.startswith(("I", "F")):  # 16 or 32 bits of grey: scaled, where convert() would clip
+        grey = np.asarray(picture, dtype=np.float64)
+        top = 65535 if picture.mode.startswith("I") else max(1.0, grey.max())
+        grey = (grey * (255 / top)).round().clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[:, :, None], 3, 2)
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return np.array(picture.convert("RGB"))
+
+
+def content_box(size: tuple[int, int], pre: Preprocess) -> tuple[int, int, int, int]:
+    """Where a picture of (H, W) pixels lies on the canvas: top, left, height, width."""
+    if pre.fit == "stretch":
+        return 0, 0, pre.size, pre.size
+    scale = min(pre.size / size[0], pre.size / size[1])
+    h, w = (max(1, round(s * scale)) for s in size)
+    return (pre.size - h) // 2, (pre.size - w) // 2, h, w
+
+
+def to_canvas(image: np.ndarray, pre: Preprocess) -> Tensor:
+    """(H, W, 3) uint8 -> (3, S, S) float32, normalised."""
+    top, left, h, w = content_box(image.shape[:2], pre)
+    if image.shape[:2] != (h, w):
+        how = Image.Resampling.BICUBIC if pre.interpolation == "bicubic" else Image.Resampling.BILINEAR
+        image = np.asarray(Image.fromarray(image).resize((w, h), how))
+    mean, std = (np.array(v, dtype=np.float32) for v in (pre.mean, pre.std))
+    canvas = np.zeros((pre.size, pre.size, 3), dtype=np.float32)  # 0 is the mean colour
+    canvas[top:top + h, left:left + w] = (image / np.float32(255) - mean) / std
+    return torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1)))
+
+
+def mask_to_canvas(mask: np.ndarray, pre: Preprocess) -> Tensor:
+    """(H, W) bool -> (S, S) float32 of 0 and 1."""
+    top, left, h, w = content_box(mask.shape, pre)
+    if mask.shape != (h, w):
+        mask = np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.NEAREST))
+    canvas = torch.zeros(pre.size, pre.size)
+    canvas[top:top + h, left:left + w] = torch.from_numpy(mask.astype(np.float32))
+    return canvas
+
+
+def from_canvas(logits: Tensor, size: tuple[int, int], pre: Preprocess) -> Tensor:
+    """(h, w), of any resolution, over the canvas -> (H, W) at the photograph's own resolution.
+
+    The one way back, for validation, evaluation and prediction: bilinear to the canvas, the letterbox cut off, bilinear
+    to the photograph (with antialiasing where that is smaller).
+    """
+    top, left, h, w = content_box(size, pre)
+    x = F.interpolate(logits[None, None].float(), (pre.size, pre.size), mode="bilinear", align_corners=False)
+    x = x[:, :, top:top + h, left:left + w]
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)[0, 0]
+
+
+# Batches
+
+
+class TrainSet(Dataset):
+    """Items for training. An index is (epoch, object): the sentence that is drawn depends on both, the seed and nothing
+    else, so neither the number of workers nor an interruption changes what is learnt."""
+
+    def __init__(self, source: Shapes | Refer, preprocess: Preprocess, seed: int = 0):
+        self.source, self.preprocess, self.seed = source, preprocess, seed
+
+    def __getitem__(self, index: tuple[int, int]) -> dict:
+        epoch, i = index
+        record = self.source.read(i)
+        which = 0
+        if len(record.sentences) > 1:
+            which = int(np.random.default_rng([self.seed, epoch, i]).integers(len(record.sentences)))
+        return dict(image=to_canvas(record.image, self.preprocess), mask=mask_to_canvas(record.mask, self.preprocess),
+                    sentence=record.sentences[which], id=self.source.describe(i))
+
+
+class EvalSet(Dataset):
+    """Items for evaluation: every sentence of every object, the mask at the photograph's own size."""
+
+    def __init__(self, source: Shapes | Refer, preprocess: Preprocess):
+        self.source, self.preprocess = source, preprocess
+        self.pairs = [(i, j) for i in range(len(source)) for j in range(len(source.sentences(i)))]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def record(self, k: int) -> Record:
+        return self.source.read(self.pairs[k][0])
+
+    def sentences(self) -> list[str]:
+        return [self.source.sentences(i)[j] for i, j in self.pairs]
+
+    def __getitem__(self, k: int) -> dict:
+        i, j = self.pairs[k]
+        record = self.source.read(i)
+        return dict(image=to_canvas(record.image, self.preprocess), truth=torch.from_numpy(record.mask),
+                    sentence=record.sentences[j], index=k, id=self.source.describe(i))
+
+
+def collate(items: list[dict]) -> dict:
+    """Tensors of one size are stacked, everything else is a list."""
+    return {k: torch.stack([item[k] for item in items]) if k in ("image", "mask") else [item[k] for item in items]
+            for k in items[0]}
+
+
+# Shapes
+
+COLOURS = ("red", "green", "blue", "yellow", "white")
+SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": (0.115, 0.135), "large": (0.185, 0.215)}  # radius, in sides of the picture
+PALETTE = {
+    "shapes": dict(red=(220, 50, 47), green=(60, 170, 70), blue=(50, 100, 225), yellow=(240, 210, 50),
+                   white=(240, 240, 240)),
+    "shapes-shift": dict(red=(150, 25, 70), green=(150, 205, 120), blue=(125, 185, 240), yellow=(210, 150, 25),
+                         white=(255, 250, 235)),
+}
+SPLIT_ID = {("shapes", s): n for n, s in enumerate(SPLITS["shapes"], 1)} | {
+    ("shapes-shift", s): n for n, s in enumerate(SPLITS["shapes-shift"], 11)}
+KINDS, KIND_SHARE = ("attribute", "position", "relation"), (0.5, 0.4, 0.1)
+MARGIN = 0.16  # by so many sides of the picture a position or relation is clear
+PLACES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}  # axis, sign
+PLACE_WORDS = {"left": ("the {} on the left", "the left {}", "the leftmost {}"),
+               "right": ("the {} on the right", "the right {}", "the rightmost {}"),
+               "top": ("the {} at the top", "the top {}", "the highest {}"),
+               "bottom": ("the {} at the bottom", "the bottom {}", "the lowest {}")}
+RELATIONS = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}
+ADJECTIVES = ((), ("colour",), ("size",), ("size", "colour"))
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A shape of a scene; centre and radius in sides of the picture, y downwards. Later things lie on top."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+
+    def named(self, adjectives: Sequence[str]) -> str:
+        return " ".join([*(getattr(self, a) for a in adjectives), self.shape])
+
+    def like(self, other: Thing, adjectives: Sequence[str]) -> bool:
+        return self.shape == other.shape and all(getattr(self, a) == getattr(other, a) for a in adjectives)
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A sentence, and what it says: things like `target` in `adjectives`, and of these the one at a place, or the one
+    in a relation to the only thing like `anchor` in `anchor_adjectives`."""
+
+    target: int
+    kind: str
+    sentence: str
+    adjectives: tuple[str, ...]
+    place: str = ""
+    anchor: int = -1
+    anchor_adjectives: tuple[str, ...] = ()
+
+
+class Shapes:
+    """Generated pictures, two objects of each referred to. Object i is number i % 2 of picture i // 2.
+
+    A picture is a function of (seed, split, number) alone, and its scene does not depend on its size in pixels.
+    """
+
+    def __init__(self, name: str = "shapes", split: str = "train", seed: int = 0, size: int = 64,
+                 images: int | None = None):
+        self.name, self.split, self.seed, self.size = name, split, seed, size
+        self.images = images or (8000 if split == "train" else 300)
+        self.scene = lru_cache(4096)(self._scene)
+
+    def __reduce__(self):  # a cache does not travel to other processes
+        return Shapes, (self.name, self.split, self.seed, self.size, self.images)
+
+    def __len__(self) -> int:
+        return 2 * self.images
+
+    def sentences(self, i: int) -> tuple[str, ...]:
+        return (self.scene(i // 2)[1][i % 2].sentence,)
+
+    def describe(self, i: int) -> str:
+        return f"{self.name}/{self.split} picture {i // 2} object {i % 2}"
+
+    def read(self, i: int) -> Record:
+        things, expressions = self.scene(i // 2)
+        image, owner = draw_scene(things, self.size, self.name, self.rng(i // 2, 1))
+        mask = owner == expressions[i % 2].target
+        return Record(image, mask, box_of(mask), (expressions[i % 2].sentence,), i // 2, i, self.describe(i))
+
+    def rng(self, number: int, stream: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, SPLIT_ID[self.name, self.split], number, stream])
+
+    def _scene(self, number: int) -> tuple[list[Thing], list[Expression]]:
+        """The things of a picture and two expressions for different ones of them."""
+        rng = self.rng(number, 0)
+        kinds = rng.choice(3, 2, p=KIND_SHARE)  # first the kind, then a scene that has it: else few relations occur
+        for attempt in range(1000):
+            things = place_things(rng)
+            if attempt % 40 == 39:
+                kinds = rng.choice(3, 2, p=KIND_SHARE)
+            chosen = []
+            for kind in kinds:
+                options = [e for e in expressions_of(things, KINDS[kind]) if e.target not in {c.target for c in chosen}]
+                if options:
+                    chosen.append(options[rng.integers(len(options))])
+            if len(chosen) == 2:
+                return things, chosen
+        raise AssertionError("no scene in 1000 attempts")
+
+
+def place_things(rng: np.random.Generator) -> list[Thing]:
+    """Two to four things; all but the first resemble it. They lie inside the picture and overlap little."""
+    while True:
+        count, things = rng.choice((2, 3, 4), p=(0.2, 0.4, 0.4)), []
+        first = dict(shape=rng.choice(SHAPES), colour=rng.choice(COLOURS), size=rng.choice(tuple(SIZES)))
+        for n in range(count):
+            look = dict(first)
+            changes = rng.choice((0, 1, 2), p=(0.25, 0.45, 0.3)) if n else 0
+            for attribute in rng.permutation(("shape", "colour", "size"))[:changes]:
+                others = [v for v in dict(shape=SHAPES, colour=COLOURS, size=tuple(SIZES))[attribute]
+                          if v != look[attribute]]
+                look[attribute] = others[rng.integers(len(others))]
+            radius = rng.uniform(*SIZES[look["size"]])
+            for _ in range(20):
+                x, y = rng.uniform(1.05 * radius, 1 - 1.05 * radius, 2)
+                if all(np.hypot(x - t.x, y - t.y) > 0.95 * (radius + t.radius) for t in things):
+                    things.append(Thing(**{k: str(v) for k, v in look.items()}, x=x, y=y, radius=radius))
+                    break
+        if len(things) == count:
+            return [things[i] for i in rng.permutation(count)]
+
+
+def expressions_of(things: list[Thing], kind: str) -> list[Expression]:
+    """Every expression of a kind that is true of exactly one thing, by a clear margin."""
+    found = []
+    for k, t in enumerate(things):
+        for adjectives in ADJECTIVES:
+            rivals = [o for n, o in enumerate(things) if n != k and o.like(t, adjectives)]
+            name = t.named(adjectives)
+            if kind == "attribute" and not rivals:
+                found.append(Expression(k, kind, f"the {name}", adjectives))
+            elif kind == "position" and rivals:
+                for place in PLACES:
+                    for words in PLACE_WORDS[place][:place_is_clear(t, rivals, place)]:
+                        found.append(Expression(k, kind, words.format(name), adjectives, place))
+            elif kind == "relation" and rivals:
+                for a, anchor in enumerate(things):
+                    if a == k:
+                        continue
+                    for words, place in RELATIONS.items():
+                        if not relation_is_clear(t, [o for o in rivals if o is not anchor], anchor, place):
+                            continue
+                        for named in ADJECTIVES:
+                            if not any(o.like(anchor, named) for o in things if o is not anchor):
+                                sentence = f"the {name} {words} the {anchor.named(named)}"
+                                found.append(Expression(k, kind, sentence, adjectives, place, a, named))
+    return found
+
+
+def place_is_clear(t: Thing, rivals: list[Thing], place: str) -> int:
+    """3 if "leftmost" and "on the left" are both clear, 0 if neither: it lies in the outer half, beyond every rival by
+    the margin, and the rivals in the other half."""
+    axis, sign = PLACES[place]
+    at = sign * ((t.x, t.y)[axis] - 0.5)
+    others = [sign * ((o.x, o.y)[axis] - 0.5) for o in rivals]
+    return 3 if at > 0.02 and max(others) < min(at - MARGIN, 0.02) else 0
+
+
+def relation_is_clear(t: Thing, rivals: list[Thing], anchor: Thing, place: str) -> bool:
+    """Further along than the anchor by the margin, more so than sideways; every rival is on the anchor's other side."""
+    if not rivals:
+        return False  # then the relation would say nothing
+    axis, sign = PLACES[place]
+    along = [sign * ((o.x, o.y)[axis] - (anchor.x, anchor.y)[axis]) for o in (t, *rivals)]
+    sideways = abs((t.x, t.y)[1 - axis] - (anchor.x, anchor.y)[1 - axis])
+    return along[0] > max(MARGIN, sideways) and max(along[1:]) < 0
+
+
+def draw_scene(things: list[Thing], size: int, name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(picture (S, S, 3) uint8, number of the topmost thing at each pixel (S, S), -1 for none)"""
+    shift = name == "shapes-shift"
+    if shift:  # a gradient with noise, in a tint of its own
+        base, slope = rng.uniform(70, 130, 3), rng.uniform(-40, 40, 2)
+        ramp = np.linspace(-1, 1, size)
+        image = base + (slope[0] * ramp[:, None] + slope[1] * ramp)[:, :, None] + rng.normal(0, 8, (size, size, 1))
+    else:
+        image = np.full((size, size, 3), rng.uniform(25, 60))
+    owner = np.full((size, size), -1, dtype=np.int8)
+    for k, t in enumerate(things):
+        top, left = (max(0, int((c - 1.1 * t.radius) * size)) for c in (t.y, t.x))
+        bottom, right = (min(size, int((c + 1.1 * t.radius) * size) + 2) for c in (t.y, t.x))
+        y = ((np.arange(top, bottom) + 0.5) / size - t.y)[:, None] / t.radius
+        x = ((np.arange(left, right) + 0.5) / size - t.x)[None, :] / t.radius
+        cover = (0.5 - distance(t.shape, x, y) * t.radius * size).clip(0, 1)  # one pixel of antialiasing
+        colour = np.array(PALETTE[name][t.colour], dtype=float)
+        if shift:
+            colour = colour * texture(rng, x, y)[:, :, None]
+        window = image[top:bottom, left:right]
+        window += cover[:, :, None] * (colour - window)
+        owner[top:bottom, left:right][cover > 0.5] = k
+    return image.clip(0, 255).astype(np.uint8), owner
+
+
+def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Signed distance to a shape of radius 1 about the origin, negative inside."""
+    if shape == "circle":
+        return np.hypot(x, y) - 1
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.86
+    if shape == "triangle":
+        return np.maximum(y - 0.72, np.abs(x) * 0.866 - 0.5 * y - 0.5)
+    bars = [np.maximum(np.abs(a) - 0.98, np.abs(b) - 0.34) for a, b in ((x, y), (y, x))]
+    return np.minimum(*bars)
+
+
+def texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Brightness of stripes, dots or noise, 0.7 to 1."""
+    kind, angle, pitch = rng.integers(3), rng.uniform(0, np.pi), rng.uniform(5, 8)
+    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    if kind == 0:
+        return 0.85 + 0.15 * np.sin(pitch * u)
+    if kind == 1:
+        return 0.85 + 0.15 * np.sin(pitch * u) * np.sin(pitch * v)
+    return rng.uniform(0.7, 1, np.broadcast_shapes(x.shape, y.shape))
+
+
+def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """x1, y1, x2, y2 in pixels of a mask that is not empty; x2 and y2 are one past the last."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+# REFER
+
+
+class Refer:
+    """One split of a data set in REFER's layout, one entry for each object (ref) with all its sentences.
+
+    Raises UserError, with the file and the record, for files that are missing, broken or contradict each other.
+    """
+
+    def __init__(self, name: str, split: str, data_root: str | Path):
+        self.name, self.split = name, split
+        root = Path(data_root)
+        folder, refs_name, _ = REFER_FILES[name]
+        if not root.is_dir():
+            raise UserError(f"--data-root {root}: no such folder.")
+        self.refs_file, self.instances_file = root / folder / refs_name, root / folder / "instances.json"
+        for file in self.refs_file, self.instances_file:
+            if not file.is_file():
+                raise UserError(f"{file} is missing: {name} needs {folder}/{refs_name} and {folder}/instances.json.")
+        under = ("saiapr_tc-12",) if name == "refclef" else ("mscoco/images/train2014", "train2014")
+        tried = [root / p for u in under for p in (f"images/{u}", u)]
+        self.image_folder = next((p for p in tried if p.is_dir()), None)
+        if self.image_folder is None:
+            raise UserError(f"{name}: no folder of photographs; looked for {', '.join(map(str, tried))}.")
+        self.entries = [e for e in build_index(name, self.refs_file, self.instances_file) if e["split"] == split]
+        if not self.entries:
+            raise UserError(f"{self.refs_file} has no object in the split {split!r}.")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def sentences(self, i: int) -> tuple[str, ...]:
+        return tuple(self.entries[i]["sentences"])
+
+    def describe(self, i: int) -> str:
+        e = self.entries[i]
+        return f"{self.name}/{self.split} ref {e['ref_id']} ({e['file']})"
+
+    def read(self, i: int) -> Record:
+        e = self.entries[i]
+        path = self.image_folder / e["file"]
+        if not path.is_file() and e["file"].startswith("COCO_train2014_"):  # train2017 holds the same photographs
+            other = path.with_name(e["file"].removeprefix("COCO_train2014_"))
+            path = other if other.is_file() else path
+        image = read_image(path, (e["height"], e["width"]))
+        mask = decode_mask(e, f"{self.instances_file}: annotation {e['ann_id']} of ref {e['ref_id']}")
+        return Record(image, mask, box_of(mask), tuple(e["sentences"]), e["image_id"], e["ref_id"], e["file"])
+
+
+def decode_mask(entry: dict, where: str) -> np.ndarray:
+    """Polygons, compressed or uncompressed RLE -> (H, W) bool, by pycocotools as in every published figure."""
+    from pycocotools import mask as coco
+
+    h, w, segmentation = entry["height"], entry["width"], entry["segmentation"]
+    try:
+        if isinstance(segmentation, list):
+            runs = coco.merge(coco.frPyObjects([p for p in segmentation if len(p) >= 6], h, w))
+        elif isinstance(segmentation["counts"], list):
+            runs = coco.frPyObjects(segmentation, h, w)
+        else:
+            runs = dict(size=segmentation["size"], counts=segmentation["counts"].encode())
+        if list(runs["size"]) != [h, w]:
+            raise ValueError(f"its size is {list(runs['size'])}, the photograph's [{h}, {w}]")
+        mask = coco.decode(runs).astype(bool)
+    except (TypeError, ValueError, KeyError, IndexError, AttributeError, Exception) as e:
+        raise UserError(f"{where}: its segmentation cannot be read ({e}).") from None
+    if not mask.any():
+        raise UserError(f"{where}: its mask has no pixel; remove the object or mend its segmentation.")
+    return mask
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Containers, strings and numbers; anything that could run code is refused."""
+
+    def find_class(self, module: str, name: str):
+        raise UserError(f"asks for {module}.{name}; a refs file holds plain lists, strings and numbers only, so this "
+                        "one is not read")
+
+    def persistent_load(self, pid):
+        raise UserError("asks for an object outside itself, so it is not read")
+
+
+def read_refs(path: Path) -> list[dict]:
+    try:
+        with open(path, "rb") as f:
+            refs = PlainUnpickler(f, encoding="latin1").load()  # Python 2 wrote the published ones
+    except UserError as e:
+        raise UserError(f"{path} {e}.") from None
+    except Exception as e:  # a damaged pickle fails in any way it likes
+        raise UserError(f"{path} is not a whole pickle file: {str(e).splitlines()[0] if str(e) else e!r}.") from None
+    if not isinstance(refs, list) or not all(isinstance(r, dict) for r in refs):
+        raise UserError(f"{path} is no list of refs.")
+    return refs
+
+
+def build_index(name: str, refs_file: Path, instances_file: Path) -> list[dict]:
+    """One plain dict for each ref. Kept in a cache folder of ours until a source file changes."""
+    stamp = [1, *(n for f in (refs_file, instances_file) for n in (f.stat().st_size, f.stat().st_mtime_ns))]
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refpapers"
+    key = hashlib.sha256(f"{refs_file.resolve()}\n{instances_file.resolve()}".encode()).hexdigest()[:16]
+    cache = folder / f"{name}-{key}.json"
+    try:
+        saved = json.loads(cache.read_text())
+        if saved["stamp"] == stamp:
+            return saved["entries"]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none yet, or not ours to trust: it is made anew
+    entries = index_entries(refs_file, instances_file)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(dict(stamp=stamp, entries=entries)))
+        os.replace(temporary, cache)
+    except OSError:
+        pass  # a cache that cannot be written costs seconds, nothing else
+    return entries
+
+
+def index_entries(refs_file: Path, instances_file: Path) -> list[dict]:
+    """Joins refs, annotations and photographs, and checks each."""
+    refs = read_refs(refs_file)
+    try:
+        instances = json.loads(instances_file.read_text())
+        annotations = {a["id"]: a for a in instances["annotations"]}
+        images = {i["id"]: i for i in instances["images"]}
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{instances_file} is not COCO's JSON of images and annotations: {e!r}.") from None
+    entries = []
+    for n, ref in enumerate(refs):
+        where = f"{refs_file}: ref {ref.get('ref_id', f'number {n}')}"
+        try:
+            annotation = annotations.get(ref["ann_id"])
+            if annotation is None:
+                raise UserError(f"{where}: its annotation {ref['ann_id']} is not in {instances_file}.")
+            photo = images.get(ref["image_id"])
+            if photo is None:
+                raise UserError(f"{where}: its photograph {ref['image_id']} is not in {instances_file}.")
+            file, sentences = photo["file_name"], [str(s["sent"]).strip() for s in ref["sentences"]]
+            if Path(file).name != file or file in ("", ".", ".."):
+                raise UserError(f"{instances_file}: image {photo['id']}: {file!r} is not a bare file name.")
+            if not sentences or not all(sentences):
+                raise UserError(f"{where}: a sentence is empty; remove it or write it.")
+            entries.append(dict(
+                ref_id=int(ref["ref_id"]), ann_id=int(ref["ann_id"]), image_id=int(ref["image_id"]), file=file,
+                split=str(ref["split"]), sentences=sentences, height=int(photo["height"]), width=int(photo["width"]),
+                segmentation=annotation["segmentation"]))
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
+            raise UserError(f"{where} is incomplete: {e!r}.") from None
+    return entries
