@@ -129,12 +129,15 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], path: str, what: s
 # Flags
 
 
-def add_config_flags(parser: argparse.ArgumentParser, config_class: type, skip: tuple[str, ...]) -> None:
-    """One flag for each field: --bridger-dim 32, --visual-layers 1,3, --mask-padding / --no-mask-padding."""
+NAMES = "backbone", "variant", "tune"  # fields of every Config that the commands take themselves
+
+
+def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """One flag for each other field: --bridger-dim 32, --visual-layers 1,3, --mask-padding / --no-mask-padding."""
     group = parser.add_argument_group(f"settings of {config_class.__module__}.py (defaults depend on the backbone)")
     hints = typing.get_type_hints(config_class)
     for f in fields(config_class):
-        if f.name in skip:
+        if f.name in NAMES:
             continue
         kind = hints[f.name]
         flag = dict(default=MISSING, dest=f.name)
@@ -154,8 +157,9 @@ def integers(text: str) -> tuple[int, ...]:
 
 
 def config_flags(args: argparse.Namespace, config_class: type) -> dict:
-    """The Config fields that the user set."""
-    return {f.name: v for f in fields(config_class) if (v := getattr(args, f.name, MISSING)) is not MISSING}
+    """The fields that the user set by such a flag."""
+    return {f.name: v for f in fields(config_class)
+            if f.name not in NAMES and (v := getattr(args, f.name, MISSING)) is not MISSING}
 
 
 def check_config(c, **rules: tuple[bool, str]) -> None:

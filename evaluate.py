@@ -221,7 +221,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--data-root", help="folder of a REFER data set; default: the run's")
     p.add_argument("--split", default="val", help="val, testA, testB, test, train or all")
     p.add_argument("--shuffle-text", action="store_true", help="give each picture another's sentence")
-    p.add_argument("--batch-size", type=int, default=16)
     p.add_argument("--workers", type=int, default=0, help="processes that read data")
     p.add_argument("--draw", metavar="FILE.png", help="draw predictions over the split's pictures")
     p.add_argument("--draw-count", type=int, default=12)
@@ -229,7 +228,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--text", help="a sentence about it")
     p.add_argument("--out", metavar="FILE.png", help="the picture with its mask")
     p.add_argument("--mask", metavar="FILE.png", help="the mask alone, in the picture's size")
-    p.add_argument("--threshold", type=float, help="on the sigmoid, for --image; default: the method's")
     p.add_argument("--efficiency", action="store_true", help="parameters, FLOPs, memory, time")
     p.add_argument("--method", choices=METHODS)
     p.add_argument("--backbone")
@@ -240,19 +238,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     known, _ = p.parse_known_args(argv)
     if known.efficiency:
         method = load_method(known.method or METHODS[0])
-        common.add_config_flags(p, method.Config, skip=("backbone", "variant", "tune", "threshold"))
+        common.add_config_flags(p, method.Config)
         for name, given, names in (("backbone", known.backbone, method.BACKBONES),
                                    ("variant", known.variant, method.VARIANTS), ("tune", known.tune, method.TUNES)):
             if given is not None and given not in names:
                 p.error(f"--{name} {given}: {method.__name__} has {', '.join(names)}")
+    else:  # with --efficiency these two are settings of the method
+        p.add_argument("--threshold", type=float, help="on the sigmoid, for --image; default: the method's")
+        p.add_argument("--batch-size", type=int, default=16)
     args = p.parse_args(argv)
     if bool(args.ckpt) == args.efficiency:
         p.error("give --ckpt RUN, or --efficiency")
     if (args.image is None) != (args.text is None):
         p.error("--image and --text go together")
-    if args.threshold is not None and not 0 < args.threshold < 1:
+    if args.ckpt and args.threshold is not None and not 0 < args.threshold < 1:
         p.error(f"--threshold {args.threshold}: a number between 0 and 1")
-    if args.batch_size < 1 or args.workers < 0 or args.draw_count < 1:
+    if args.ckpt and args.batch_size < 1 or args.workers < 0 or args.draw_count < 1:
         p.error("--batch-size and --draw-count must be positive, --workers not negative")
     return args
 

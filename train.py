@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     known, _ = p.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
     method = load_method(known.method)
-    common.add_config_flags(p, method.Config, skip=("backbone", "variant", "tune"))
+    common.add_config_flags(p, method.Config)
     args = p.parse_args(argv)
     args.backbone = args.backbone or ("tiny" if args.dataset.startswith("shapes") else next(iter(method.BACKBONES)))
     args.variant = args.variant or method.VARIANTS[0]

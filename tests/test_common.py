@@ -1,0 +1,151 @@
+"""python -m pytest tests/test_common.py"""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import common
+import dcris
+from common import UserError
+
+
+def test_metrics_by_hand():
+    # IoU 1, 0.5, 0.25, 0 and two empty masks
+    rows = [(10, 10), (5, 10), (25, 100), (0, 7), (0, 0)]
+    m = common.mask_metrics(rows)
+    assert m == {"n": 5, "oIoU": round(100 * 40 / 127, 4), "mIoU": round(100 * (1 + 0.5 + 0.25 + 0 + 1) / 5, 4),
+                 "Pr@0.5": 40.0, "Pr@0.6": 40.0, "Pr@0.7": 40.0, "Pr@0.8": 40.0, "Pr@0.9": 40.0}  # 0.5 is not > 0.5
+
+
+def test_metrics_against_a_slow_count():
+    rng = np.random.default_rng(0)
+    rows, ious, inter, union = [], [], 0, 0
+    for _ in range(300):
+        a, b = rng.random((2, 9, 7)) < rng.random((2, 1, 1))
+        i = sum(bool(p and q) for p, q in zip(a.flat, b.flat))
+        u = sum(bool(p or q) for p, q in zip(a.flat, b.flat))
+        rows.append(common.intersection_union(torch.from_numpy(a), torch.from_numpy(b)))
+        assert rows[-1] == (i, u)
+        ious.append(i / u if u else 1.0)
+        inter, union = inter + i, union + u
+    m = common.mask_metrics(rows)
+    assert m["oIoU"] == pytest.approx(100 * inter / union, abs=1e-4)
+    assert m["mIoU"] == pytest.approx(100 * sum(ious) / 300, abs=1e-4)
+    for x in 0.5, 0.7, 0.9:
+        assert m[f"Pr@{x}"] == pytest.approx(100 * sum(v > x for v in ious) / 300, abs=1e-4)
+
+
+class Small(nn.Module):
+    """A frozen and a trained half, each with a BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.c = dcris.config("tiny")
+        self.tower = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).requires_grad_(False).eval()
+        self.head = nn.Sequential(nn.Conv2d(4, 1, 1), nn.BatchNorm2d(1))
+
+    def parts(self):
+        return dict(backbone=[self.tower], adapter=[], head=[self.head])
+
+
+def test_a_checkpoint_holds_what_was_trained_with_its_buffers(tmp_path):
+    model = Small()
+    assert common.trained_state(model).keys() == {
+        "head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias", "head.1.running_mean", "head.1.running_var",
+        "head.1.num_batches_tracked"}
+    model.head(model.tower(torch.randn(2, 3, 5, 5)))
+    info = dict(method="dcris", config={}, weights="random", seed=0)
+    common.save_model(tmp_path / "model.safetensors", model, info)
+    read, state = common.read_checkpoint(str(tmp_path))
+    other = Small()
+    common.load_trained(other, state, "here")
+    assert read == info and torch.equal(other.head[1].running_mean, model.head[1].running_mean)
+    with pytest.raises(UserError, match="1 tensors differ, such as head.0.bias"):
+        common.load_trained(other, {k: v for k, v in state.items() if k != "head.0.bias"}, "here")
+
+
+def test_the_fingerprint_is_of_what_is_frozen():
+    model = Small()
+    before = common.fingerprint(model)
+    model.head[0].weight.data += 1
+    assert common.fingerprint(model) == before
+    model.tower[1].running_mean += 1  # a buffer counts
+    assert common.fingerprint(model) != before
+    for p in model.parameters():
+        p.requires_grad_(True)
+    assert common.fingerprint(model) == ""  # nothing is frozen
+
+
+def test_files_that_are_no_checkpoint(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        common.read_checkpoint(str(tmp_path))
+    from safetensors.torch import save_file
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="was not written by this project"):
+        common.read_checkpoint(str(tmp_path))
+    with pytest.raises(UserError, match="no checkpoint here"):
+        common.read_checkpoint(str(tmp_path / "none"))
+
+
+def test_nothing_half_written_is_left_behind(tmp_path):
+    target = tmp_path / "file.json"
+    common.write_json(target, [1])
+    with pytest.raises(ZeroDivisionError):
+        with common.writing(target) as temporary:
+            temporary.write_text("half")
+            1 / 0
+    assert json.loads(target.read_text()) == [1] and os.listdir(tmp_path) == ["file.json"]
+    with pytest.raises(UserError, match="cannot be written"):
+        common.write_json("/proc/none/file.json", [1])
+
+
+def test_counting():
+    model = Small()
+    assert common.count(model) == 3 * 4 + 4 + 8 + 4 + 1 + 2
+    assert common.count(model, trainable=True) == 4 + 1 + 2
+    assert common.count([model.head, model.head]) == 7  # each once
+
+
+def test_saved_bytes_are_what_autograd_keeps():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False)
+
+        def forward(self, images, tokens):
+            return self.b(self.a(images).relu())
+
+        def loss(self, out, masks):
+            return out.sum()
+
+    x = torch.randn(5, 8)
+    # the input (5 x 8) and the ReLU's output (5 x 16), once each, in float32; the weights do not count
+    assert common.saved_bytes(Twice(), x, None, None) == 4 * (5 * 8 + 5 * 16)
+    frozen = Twice()
+    frozen.a.requires_grad_(False)
+    assert common.saved_bytes(frozen, x, None, None) == 4 * (5 * 16)
+
+
+def test_efficiency_of_tiny():
+    torch.manual_seed(0)
+    rows = {t: common.efficiency(dcris.DCRIS(dcris.config("tiny", tune=t))) for t in dcris.TUNES}
+    assert rows["method"]["params_adapter"] == 36_344 and rows["frozen"]["params_adapter"] == 0
+    assert rows["frozen"]["saved_bytes_per_image"] < rows["method"]["saved_bytes_per_image"]
+    assert rows["frozen"]["params_trainable"] == rows["frozen"]["params_head"]
+    assert rows["full"]["gflops_forward"] == rows["frozen"]["gflops_forward"] < rows["method"]["gflops_forward"]
+
+
+def test_drawing():
+    image, mask = np.zeros((30, 40, 3), dtype=np.uint8), np.zeros((30, 40), dtype=bool)
+    mask[10:20, 0:10] = True
+    picture = common.overlay(image, mask, "a sentence " * 20)
+    assert picture.width == 480 and picture.height > 360  # drawn larger, with lines of text below
+    pixels = np.asarray(picture)
+    assert pixels[180, 60, 0] > 80 and (pixels[180, 300] == 0).all()  # tinted inside, untouched outside
+    assert common.overlay(image, ~mask & mask, "犬 \U0001f415 " + "x" * 300).width == 480
+    assert common.grid([picture] * 5, 2).size == (960, 3 * picture.height)

@@ -1,0 +1,417 @@
+"""python -m pytest tests/test_data.py"""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco
+from torch.utils.data import DataLoader
+
+import data
+from common import Preprocess, UserError
+
+ROOT = Path(__file__).parents[1]
+REAL = Path(os.environ.get("REAL_REFS", ROOT.parent / "shared" / "real_refs"))
+PRE = Preprocess(64)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+# shapes
+
+
+def test_a_picture_is_a_function_of_seed_split_and_number():
+    a, b = data.Shapes("shapes", "val", seed=3), data.Shapes("shapes", "val", seed=3)
+    b.read(100)  # the order of reading does not matter
+    for i in 0, 7, 599:
+        x, y = a.read(i), b.read(i)
+        assert np.array_equal(x.image, y.image) and np.array_equal(x.mask, y.mask) and x.sentences == y.sentences
+    code = ("import data, hashlib; s = data.Shapes('shapes', 'val', seed=3); "
+            "print(hashlib.sha256(b''.join(s.read(i).image.tobytes() for i in range(9))).hexdigest())")
+    there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    import hashlib
+    assert there.strip() == hashlib.sha256(b"".join(a.read(i).image.tobytes() for i in range(9))).hexdigest()
+    assert data.Shapes("shapes", "val", seed=3, size=96).scene(5) == a.scene(5)
+
+
+def test_splits_and_sets_are_different_streams():
+    scenes = [str(data.Shapes(name, split).scene(i)[0]) for name in data.SHAPE_SETS for split in data.SPLITS[name]
+              for i in range(50)]
+    assert len(set(scenes)) == len(scenes)
+    assert len(data.Shapes("shapes", "train")) == 16000 and len(data.Shapes("shapes", "testB")) == 600
+
+
+def fits(thing, sentence, things):
+    """Whether a sentence is true of a thing of a scene, from the words alone; None where it is too close to say."""
+    words = sentence.split()
+    relation = next((r for r in ("left of", "right of", "above", "below") if f" {r} the " in sentence), None)
+    if relation:
+        head, tail = sentence.split(f" {relation} ")
+        anchors = [t for t in things if fits(t, tail, things)]
+        assert len(anchors) == 1, sentence
+        if thing is anchors[0] or not fits(thing, head, things):
+            return False
+        dx, dy = thing.x - anchors[0].x, thing.y - anchors[0].y
+        along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
+        return None if 0 <= along <= 0.15 else along > 0
+    attributes = {w for w in words if w in data.COLOURS + data.SHAPES + tuple(data.SIZES)}
+    if not attributes <= {thing.shape, thing.colour, thing.size}:
+        return False
+    places = {"left": "left", "leftmost": "left", "right": "right", "rightmost": "right", "top": "top",
+              "highest": "top", "bottom": "bottom", "lowest": "bottom"}
+    place = next((places[w] for w in words if w in places), None)
+    if place is None:
+        return True
+    at = lambda t: {"left": -t.x, "right": t.x, "top": -t.y, "bottom": t.y}[place]
+    rivals = [at(t) for t in things if t is not thing and attributes <= {t.shape, t.colour, t.size}]
+    half = {"left": -0.5, "right": 0.5, "top": -0.5, "bottom": 0.5}[place]
+    return at(thing) > half and at(thing) > max(rivals) + 0.15 and max(rivals) < half + 0.03
+
+
+@pytest.mark.parametrize("name", data.SHAPE_SETS)
+def test_every_sentence_is_true_of_one_object_alone(name):
+    source, kinds, counts = data.Shapes(name, "testA", images=1000), Counter(), Counter()
+    for i in range(1000):
+        things, expressions = source.scene(i)
+        counts[len(things)] += 1
+        assert expressions[0].target != expressions[1].target
+        for e in expressions:
+            kinds[e.kind] += 1
+            assert [fits(t, e.sentence, things) for t in things] == [k == e.target for k in range(len(things))], e
+    assert set(counts) == {2, 3, 4} and min(counts.values()) > 100
+    assert kinds["attribute"] > 800 and kinds["position"] > 600 and kinds["relation"] > 150
+
+
+@pytest.mark.parametrize("name", data.SHAPE_SETS)
+def test_masks_are_the_visible_part(name):
+    source = data.Shapes(name, "val")
+    for i in range(0, 200, 2):
+        a, b = source.read(i), source.read(i + 1)
+        assert not (a.mask & b.mask).any() and a.mask.sum() > 40 and b.mask.sum() > 40
+        x1, y1, x2, y2 = map(int, a.box)
+        inside = np.zeros_like(a.mask)
+        inside[y1:y2, x1:x2] = True
+        assert not (a.mask & ~inside).any()
+        assert all(line.any() for line in (a.mask[y1], a.mask[y2 - 1], a.mask[:, x1], a.mask[:, x2 - 1]))
+        things, expressions = source.scene(i // 2)
+        for k, t in enumerate(things):  # nothing is mostly hidden
+            owner = data.draw_scene(things, 64, name, source.rng(i // 2, 1))[1]
+            alone = data.draw_scene([t], 64, name, source.rng(i // 2, 1))[1]
+            assert (owner == k).sum() > 0.6 * (alone == 0).sum()
+
+
+def test_colours_mean_what_they_say_and_the_shifted_set_looks_different():
+    means = {}
+    for name in data.SHAPE_SETS:
+        source, pixels = data.Shapes(name, "train"), {}
+        for i in range(600):
+            record = source.read(i)
+            thing = source.scene(i // 2)[0][source.scene(i // 2)[1][i % 2].target]
+            pixels.setdefault(thing.colour, []).append(record.image[record.mask].mean(0))
+        means[name] = {c: np.mean(p, 0) for c, p in pixels.items()}
+        r, g, b = means[name]["red"]
+        assert r > 1.5 * g and r > 1.5 * b
+        assert means[name]["blue"].argmax() == 2 and means[name]["green"].argmax() == 1
+    for colour in data.COLOURS:
+        assert np.abs(means["shapes"][colour] - means["shapes-shift"][colour]).max() > 15
+    words = [{w for i in range(600) for w in data.Shapes(n, "train").sentences(i)[0].split()} for n in data.SHAPE_SETS]
+    assert words[0] == words[1] and len(words[0]) < 40
+
+
+# pictures and the canvas
+
+
+@pytest.mark.parametrize("fit", ["letterbox", "stretch"])
+@pytest.mark.parametrize("size", [(37, 91), (91, 37), (64, 64), (333, 500), (1, 50), (700, 9), (480, 640)])
+def test_there_and_back(size, fit):
+    pre = Preprocess(128, fit)
+    mask = np.zeros(size, dtype=bool)  # a block in the middle, across the whole of a very narrow side
+    y1, x1 = (s // 4 if s > 10 else 0 for s in size)
+    mask[y1:size[0] - y1, x1:size[1] - x1] = True
+    back = data.from_canvas(data.mask_to_canvas(mask, pre) * 2 - 1, size, pre)
+    assert back.shape == size
+    found = (back > 0).numpy()
+    iou = (found & mask).sum() / (found | mask).sum()
+    assert iou > 0.94
+    assert torch.allclose(data.from_canvas(torch.full((32, 32), 3.0), size, pre), torch.tensor(3.0))
+
+
+def test_letterbox_by_hand():
+    image = np.full((50, 100, 3), 255, dtype=np.uint8)
+    canvas = data.to_canvas(image, PRE)
+    assert data.content_box((50, 100), PRE) == (16, 0, 32, 64)
+    assert (canvas[:, :16] == 0).all() and (canvas[:, 48:] == 0).all()
+    expected = (1 - torch.tensor(PRE.mean)) / torch.tensor(PRE.std)
+    assert torch.allclose(canvas[:, 30, 30], expected, atol=1e-6)
+    mask = data.mask_to_canvas(np.ones((50, 100), dtype=bool), PRE)
+    assert mask.sum() == 32 * 64 and mask[16:48].all()
+
+
+def test_logits_come_back_to_the_right_place():
+    logits = torch.full((32, 32), -9.0)
+    logits[8:12, 4:8] = 9.0  # on a 64 canvas: rows 16..24, columns 8..16; the picture's rows begin at 16
+    found = data.from_canvas(logits, (100, 200), PRE) > 0
+    rows, columns = np.flatnonzero(found.any(1)), np.flatnonzero(found.any(0))
+    assert abs(rows[0] - 0) <= 2 and abs(rows[-1] - 25) <= 2 and abs(columns[0] - 25) <= 2 and abs(columns[-1] - 50) <= 2
+
+
+def test_every_kind_of_picture_is_read_right(tmp_path):
+    grey = np.linspace(0, 255, 12).astype(np.uint8).reshape(3, 4)
+    colour = np.stack([grey, grey[::-1], grey[:, ::-1]], 2)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(colour).save(tmp_path / "rgb.png")
+    Image.fromarray(colour).quantize(16).save(tmp_path / "palette.png")
+    Image.fromarray(colour).convert("CMYK").save(tmp_path / "cmyk.tif")
+    Image.fromarray((grey.astype(np.uint16) * 257)).save(tmp_path / "deep.png")
+    Image.fromarray(np.dstack([colour, np.where(grey > 100, 255, 0).astype(np.uint8)])).save(tmp_path / "rgba.png")
+    read = {p.name: data.read_image(p) for p in tmp_path.iterdir()}
+    for name in "grey.png", "deep.png":
+        assert np.array_equal(read[name], np.repeat(grey[:, :, None], 3, 2)), name
+    for name, slack in ("rgb.png", 0), ("cmyk.tif", 1), ("palette.png", 2):
+        assert np.abs(read[name].astype(int) - colour).max() <= slack, name
+    assert np.array_equal(read["rgba.png"], np.where(grey[:, :, None] > 100, colour, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to see it upright
+    Image.fromarray(colour).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(data.read_image(tmp_path / "turned.png"), np.rot90(colour, -1))
+    assert np.array_equal(data.read_image(tmp_path / "turned.png", (4, 3)), np.rot90(colour, -1))
+    assert np.array_equal(data.read_image(tmp_path / "turned.png", (3, 4)), colour)  # annotated as stored
+    with pytest.raises(UserError, match="4 x 3 pixels|3 x 4 pixels"):
+        data.read_image(tmp_path / "rgb.png", (9, 9))
+
+
+def test_broken_pictures_are_named(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    for name, word in ("cut.jpg", "cannot be read"), ("text.jpg", "is not a picture"), ("empty.jpg", "is not a picture"), \
+            ("none.jpg", "no such picture"), ("", "cannot be read"):
+        with pytest.raises(UserError, match=word) as e:
+            data.read_image(tmp_path / name)
+        assert name in str(e.value) and "\n" not in str(e.value)
+
+
+# REFER
+
+
+def make_refer(root, folder="refcoco", refs_name="refs(unc).p", splits=("train", "val", "testA", "testB")):
+    """A small data set: photographs of 40 x 60 and 30 x 30, one object for each split and encoding."""
+    photos = root / "images" / "mscoco" / "images" / "train2014"
+    photos.mkdir(parents=True)
+    (root / folder).mkdir()
+    rng, images, annotations, refs, masks = np.random.default_rng(0), [], [], [], {}
+    for n, split in enumerate([*splits, "train"]):
+        h, w = ((40, 60), (30, 30))[n % 2]
+        name = f"COCO_train2014_{n + 1:012d}.jpg"
+        Image.fromarray(rng.integers(0, 255, (h, w, 3)).astype(np.uint8)).save(photos / name)
+        images.append(dict(id=n + 1, file_name=name, height=h, width=w))
+        polygons = [[5, 5, 20, 5, 20, 18, 5, 18], [22.5, 8, 28, 8, 25, 20.5]]
+        runs = coco.merge(coco.frPyObjects(polygons, h, w))
+        mask = coco.decode(runs).astype(bool)
+        flat = mask.ravel(order="F").astype(int)
+        ends = np.flatnonzero(np.diff(flat)) + 1
+        counts = np.diff(np.r_[0, ends, len(flat)]).tolist()
+        encoding = (polygons, dict(size=[h, w], counts=runs["counts"].decode()), dict(size=[h, w], counts=counts))[n % 3]
+        annotations.append(dict(id=100 + n, image_id=n + 1, segmentation=encoding, category_id=1, iscrowd=0,
+                                area=float(mask.sum()), bbox=[5, 5, 23, 15]))
+        refs.append(dict(ref_id=n, ann_id=100 + n, image_id=n + 1, split=split, category_id=1, file_name=name,
+                         sent_ids=[2 * n, 2 * n + 1],
+                         sentences=[dict(sent=f"thing {n}", raw=f"Thing {n}", sent_id=2 * n, tokens=["thing"]),
+                                    dict(sent=f"other {n}", raw=f"Other {n}", sent_id=2 * n + 1, tokens=["other"])]))
+        masks[n] = mask
+    (root / folder / refs_name).write_bytes(pickle.dumps(refs))
+    (root / folder / "instances.json").write_text(json.dumps(dict(images=images, annotations=annotations)))
+    return masks
+
+
+def edit(root, change, refs_name="refs(unc).p"):
+    """Applies change(refs, instances) to the files."""
+    refs_file, instances_file = root / "refcoco" / refs_name, root / "refcoco" / "instances.json"
+    refs, instances = pickle.loads(refs_file.read_bytes()), json.loads(instances_file.read_text())
+    change(refs, instances)
+    refs_file.write_bytes(pickle.dumps(refs))
+    instances_file.write_text(json.dumps(instances))
+
+
+def test_refer_layout_and_the_three_encodings(tmp_path):
+    masks = make_refer(tmp_path)
+    train = data.open_dataset("refcoco", "train", str(tmp_path))
+    assert len(train) == 2 and train.sentences(1) == ("thing 4", "other 4")
+    for split, n in ("train", 0), ("val", 1), ("testA", 2), ("testB", 3):
+        record = data.open_dataset("refcoco", split, str(tmp_path)).read(0)
+        assert np.array_equal(record.mask, masks[n]) and record.ref_id == n
+        assert record.image.shape[:2] == masks[n].shape and record.box == data.box_of(masks[n])
+    items = data.EvalSet(train, PRE)
+    assert items.sentences() == ["thing 0", "other 0", "thing 4", "other 4"] and len(items) == 4
+    assert items[3]["sentence"] == "other 4" and torch.equal(items[3]["truth"], torch.from_numpy(masks[4]))
+
+
+@pytest.mark.parametrize("name, folder, refs_name, splits", [
+    ("refcoco+", "refcoco+", "refs(unc).p", ("train", "val", "testA", "testB")),
+    ("refcocog_umd", "refcocog", "refs(umd).p", ("train", "val", "test")),
+    ("refcocog_google", "refcocog", "refs(google).p", ("train", "val"))])
+def test_the_other_data_sets(tmp_path, name, folder, refs_name, splits):
+    make_refer(tmp_path, folder, refs_name, splits)
+    assert [len(data.open_dataset(name, s, str(tmp_path))) for s in splits] == [2] + [1] * (len(splits) - 1)
+
+
+@pytest.mark.parametrize("place", ["images/train2014", "train2014", "2017"])
+def test_other_places_for_the_photographs(tmp_path, place):
+    make_refer(tmp_path)
+    photos = tmp_path / "images" / "mscoco" / "images" / "train2014"
+    if place == "2017":
+        for p in photos.iterdir():
+            p.rename(p.with_name(p.name.removeprefix("COCO_train2014_")))
+    else:
+        photos.rename(tmp_path / "moved")
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        (tmp_path / "moved").rename(tmp_path / place)
+    assert data.open_dataset("refcoco", "train", str(tmp_path)).read(0).image.shape == (40, 60, 3)
+
+
+def set_(path, value):
+    """A change that sets refs or instances at a path."""
+    def change(refs, instances):
+        at = dict(refs=refs, instances=instances)
+        for step in path[:-1]:
+            at = at[step]
+        at[path[-1]] = value
+    return change
+
+
+@pytest.mark.parametrize("change, words", [
+    (set_(("refs", 0, "ann_id"), 555), ["refs(unc).p", "ref 0", "555"]),
+    (set_(("refs", 0, "image_id"), 555), ["ref 0", "555"]),
+    (set_(("refs", 0, "sentences", 1, "sent"), "  "), ["ref 0", "empty"]),
+    (set_(("refs", 0, "sentences"), []), ["ref 0", "empty"]),
+    (set_(("refs", 0), {"ref_id": 0}), ["ref 0", "incomplete", "ann_id"]),
+    (set_(("refs", 0, "split"), None), []),
+    (set_(("instances", "annotations", 0, "segmentation"), [[5, 5, 5, 5, 5, 5]]), ["annotation 100", "no pixel"]),
+    (set_(("instances", "annotations", 0, "segmentation"), []), ["annotation 100", "cannot be read"]),
+    (set_(("instances", "annotations", 0, "segmentation"), {"counts": [0]}), ["annotation 100", "cannot be read"]),
+    (set_(("instances", "annotations", 0, "segmentation"), {"size": [9, 9], "counts": "9"}), ["annotation 100"]),
+    (set_(("instances", "images", 0, "file_name"), "../../etc/passwd"), ["instances.json", "not a bare file name"]),
+    (set_(("instances", "images", 0, "file_name"), "none.jpg"), ["none.jpg", "no such picture"]),
+    (set_(("instances", "images", 0, "width"), 61), ["60 x 40", "61 x 40"]),
+    (set_(("instances", "images"), 7), ["instances.json"])])
+def test_bad_records_are_named(tmp_path, change, words):
+    make_refer(tmp_path)
+    edit(tmp_path, change)
+    if not words:  # an object without a split belongs to none
+        assert len(data.open_dataset("refcoco", "train", str(tmp_path))) == 1
+        return
+    with pytest.raises(UserError) as e:
+        data.open_dataset("refcoco", "train", str(tmp_path)).read(0)
+    assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), e.value
+
+
+class Attack:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["ATTACK"],)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
+    make_refer(tmp_path)
+    monkeypatch.setenv("ATTACK", str(tmp_path / "attacked"))
+    (tmp_path / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([Attack()]))
+    with pytest.raises(UserError, match=r"refs\(unc\).p asks for posix.mkdir"):
+        data.open_dataset("refcoco", "train", str(tmp_path))
+    assert not (tmp_path / "attacked").exists()
+    (tmp_path / "refcoco" / "refs(unc).p").write_bytes(pickle.dumps([np.float64(1)]))
+    with pytest.raises(UserError, match="asks for"):
+        data.open_dataset("refcoco", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04]", b"not a pickle", pickle.dumps({"a": 1}), pickle.dumps([1])])
+def test_broken_refs_files_are_named(tmp_path, content):
+    make_refer(tmp_path)
+    (tmp_path / "refcoco" / "refs(unc).p").write_bytes(content)
+    with pytest.raises(UserError, match=r"refs\(unc\).p is n"):
+        data.open_dataset("refcoco", "train", str(tmp_path))
+
+
+def test_missing_things_are_named(tmp_path):
+    make_refer(tmp_path)
+    root = str(tmp_path)
+    for args, word in [(("refcocog", "val", root), "refcocog_umd"), (("cocoref", "val", root), "refcoco\\+"),
+                       (("refcoco", "test", root), "testA"), (("refcoco", "val", None), "--data-root"),
+                       (("refcoco", "val", root + "/none"), "no such folder"), (("shapes", "test"), "testB"),
+                       (("refcoco+", "val", root), "refcoco\\+/refs\\(unc\\).p")]:
+        with pytest.raises(UserError, match=word):
+            data.open_dataset(*args)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="no folder of photographs.*train2014"):
+        data.open_dataset("refcoco", "val", root)
+    with pytest.raises(UserError, match="empty"):
+        data.check_sentence(" \t")
+
+
+def test_the_index_is_cached_until_a_source_changes(tmp_path, monkeypatch):
+    make_refer(tmp_path)
+    before = sorted(p for p in tmp_path.rglob("*"))
+    calls = []
+    index_entries = data.index_entries
+    monkeypatch.setattr(data, "index_entries", lambda *a: calls.append(1) or index_entries(*a))
+    for _ in range(2):
+        first = data.open_dataset("refcoco", "train", str(tmp_path)).entries
+    assert len(calls) == 1 and sorted(p for p in tmp_path.rglob("*")) == before  # nothing beside the user's files
+    time.sleep(0.01)
+    edit(tmp_path, set_(("refs", 0, "sentences", 0, "sent"), "another"))
+    assert data.open_dataset("refcoco", "train", str(tmp_path)).sentences(0)[0] == "another" and len(calls) == 2
+    cache = next((Path(os.environ["XDG_CACHE_HOME"]) / "refpapers").iterdir())
+    cache.write_text(cache.read_text()[:50])
+    assert len(data.open_dataset("refcoco", "train", str(tmp_path)).entries) == len(first) and len(calls) == 3
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")  # a cache that cannot be written is no error
+    assert len(data.open_dataset("refcoco", "train", str(tmp_path))) == 2
+
+
+def test_sentences_are_drawn_by_seed_and_epoch_alone(tmp_path):
+    make_refer(tmp_path)
+    items = data.TrainSet(data.open_dataset("refcoco", "train", str(tmp_path)), PRE, seed=1)
+    index = [(epoch, i) for epoch in range(20) for i in range(2)]
+    batches = [index[k:k + 4] for k in range(0, 40, 4)]
+    drawn = [[s for batch in DataLoader(items, batch_sampler=batches, num_workers=w, collate_fn=data.collate)
+              for s in batch["sentence"]] for w in (0, 2)]
+    assert drawn[0] == drawn[1]
+    assert {s.split()[0] for s in drawn[0]} == {"thing", "other"}
+    other = data.TrainSet(items.source, PRE, seed=2)
+    assert [other[k]["sentence"] for k in index] != drawn[0]
+    batch = data.collate([items[0, 0], items[0, 1]])
+    assert batch["image"].shape == (2, 3, 64, 64) and batch["mask"].shape == (2, 64, 64)
+    assert batch["id"][0].startswith("refcoco/train ref 0 (COCO_train2014_")
+
+
+@pytest.mark.skipif(not REAL.is_dir(), reason="the sample of real photographs is not beside this checkout")
+def test_real_photographs():
+    splits = {s: data.open_dataset("refcoco", s, str(REAL)) for s in data.SPLITS["refcoco"]}
+    records = [s.read(i) for s in splits.values() for i in range(len(s))]
+    assert len(records) == 30 and len({r.file for r in records}) == 5
+    assert sum(len(r.sentences) for r in records) == 60
+    annotations = {a["id"]: a for a in json.loads((REAL / "refcoco" / "instances.json").read_text())["annotations"]}
+    kinds = set()
+    for source in splits.values():
+        for i, e in enumerate(source.entries):
+            annotation, mask = annotations[e["ann_id"]], source.read(i).mask
+            s = annotation["segmentation"]
+            kinds.add("polygons" if isinstance(s, list) else type(s["counts"]).__name__)
+            assert abs(mask.sum() - annotation["area"]) <= max(12, 0.03 * annotation["area"]), e["ann_id"]
+            x, y, w, h = annotation["bbox"]
+            assert np.abs(np.array(data.box_of(mask)) - (x, y, x + w, y + h)).max() <= 2
+    assert kinds == {"polygons", "str", "list"} or kinds == {"polygons", "str"}
+    for name, n in ("refcocog_umd", 30), ("refcocog_google", 30):
+        sources = [data.open_dataset(name, s, str(REAL)) for s in data.SPLITS[name]]
+        assert sum(len(s) for s in sources) == n and sources[0].read(0).mask.any()
