@@ -212,9 +212,18 @@ class Process:
         dist.all_gather_object(things, thing)
         return things
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier()
+    def first_alone(self, make):
+        """What make() returns on the first process, which alone calls it, or its UserError, on every process."""
+        result = None
+        if self.rank == 0:
+            try:
+                result = make()
+            except UserError as e:
+                result = e
+        result = self.gather(result)[0]
+        if isinstance(result, UserError):
+            raise result
+        return result
 
     def say(self, *words) -> None:
         if self.rank == 0:
@@ -332,7 +341,10 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over everything that is not trained: which frozen towers a checkpoint belongs to."""
+    """sha256 over everything that is not trained: which frozen towers a checkpoint belongs to. "" if they are trained,
+    so that the checkpoint holds them."""
+    if any(p.requires_grad for m in model.parts()["backbone"] for p in m.parameters()):
+        return ""
     digest, trained = hashlib.sha256(), trained_state(model).keys()
     for k, v in sorted(model.state_dict().items()):
         if k not in trained:
@@ -408,8 +420,8 @@ def versions() -> dict[str, str]:
     import platform
     from importlib.metadata import version
 
-    names = "torch", "torchvision", "transformers", "open_clip_torch", "numpy", "pillow"
-    return {"python": platform.python_version()} | {n: version(n) for n in names}
+    names = "torchvision", "transformers", "open_clip_torch", "numpy", "pillow"
+    return {"python": platform.python_version(), "torch": torch.__version__} | {n: version(n) for n in names}
 
 
 # Counting

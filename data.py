@@ -273,7 +273,7 @@ class Shapes:
     def __init__(self, name: str = "shapes", split: str = "train", seed: int = 0, size: int = 64,
                  images: int | None = None):
         self.name, self.split, self.seed, self.size = name, split, seed, size
-        self.images = images or (8000 if split == "train" else 300)
+        self.images = images if images is not None else 8000 if split == "train" else 300
         self.scene = lru_cache(4096)(self._scene)
 
     def __reduce__(self):  # a cache does not travel to other processes
@@ -299,6 +299,8 @@ class Shapes:
 
     def _scene(self, number: int) -> tuple[list[Thing], list[Expression]]:
         """The things of a picture and two expressions for different ones of them."""
+        if not 0 <= number < self.images:
+            raise IndexError(f"{self.name} {self.split} has {self.images} pictures, no number {number}")
         rng = self.rng(number, 0)
         kinds = rng.choice(3, 2, p=KIND_SHARE)  # first the kind, then a scene that has it: else few relations occur
         for attempt in range(1000):
@@ -456,7 +458,7 @@ class Refer:
         for file in self.refs_file, self.instances_file:
             if not file.is_file():
                 raise UserError(f"{file} is missing: {name} needs {folder}/{refs_name} and {folder}/instances.json.")
-        under = ("saiapr_tc-12",) if name == "refclef" else ("mscoco/images/train2014", "train2014")
+        under = ("saiapr_tc-12",) if name == "refclef" else ("mscoco/images/train2014", "train2014", "train2017")
         tried = [root / p for u in under for p in (f"images/{u}", u)]
         self.image_folder = next((p for p in tried if p.is_dir()), None)
         if self.image_folder is None:
@@ -464,6 +466,9 @@ class Refer:
         self.entries = [e for e in build_index(name, self.refs_file, self.instances_file) if e["split"] == split]
         if not self.entries:
             raise UserError(f"{self.refs_file} has no object in the split {split!r}.")
+        for e in self.entries:
+            if "wrong" in e:
+                raise UserError(e["wrong"])
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -492,16 +497,19 @@ def decode_mask(entry: dict, where: str) -> np.ndarray:
 
     h, w, segmentation = entry["height"], entry["width"], entry["segmentation"]
     try:
-        if isinstance(segmentation, list):
-            runs = coco.merge(coco.frPyObjects([p for p in segmentation if len(p) >= 6], h, w))
-        elif isinstance(segmentation["counts"], list):
-            runs = coco.frPyObjects(segmentation, h, w)
-        else:
-            runs = dict(size=segmentation["size"], counts=segmentation["counts"].encode())
-        if list(runs["size"]) != [h, w]:
-            raise ValueError(f"its size is {list(runs['size'])}, the photograph's [{h}, {w}]")
-        mask = coco.decode(runs).astype(bool)
-    except (TypeError, ValueError, KeyError, IndexError, AttributeError, Exception) as e:
+        runs = []
+        for s in segmentation if isinstance(segmentation, list) else [segmentation]:  # parts of one object
+            if isinstance(s, list):
+                if len(s) >= 6:  # fewer than three points have no area
+                    runs += coco.frPyObjects([s], h, w)
+            elif isinstance(s["counts"], list):
+                runs.append(coco.frPyObjects(s, h, w))
+            else:
+                runs.append(dict(size=s["size"], counts=s["counts"].encode()))
+        if any(list(r["size"]) != [h, w] for r in runs):
+            raise ValueError(f"its size is {runs[0]['size']}, the photograph's {[h, w]}")
+        mask = coco.decode(coco.merge(runs)).astype(bool)
+    except Exception as e:  # pycocotools raises all sorts for what is no segmentation
         raise UserError(f"{where}: its segmentation cannot be read ({e}).") from None
     if not mask.any():
         raise UserError(f"{where}: its mask has no pixel; remove the object or mend its segmentation.")
@@ -562,27 +570,36 @@ def index_entries(refs_file: Path, instances_file: Path) -> list[dict]:
         instances = json.loads(instances_file.read_text())
         annotations = {a["id"]: a for a in instances["annotations"]}
         images = {i["id"]: i for i in instances["images"]}
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{instances_file} is not COCO's JSON of images and annotations: {e!r}.") from None
     entries = []
     for n, ref in enumerate(refs):
         where = f"{refs_file}: ref {ref.get('ref_id', f'number {n}')}"
+        if not isinstance(ref.get("split"), str):
+            raise UserError(f"{where} is incomplete: it names no split.")
         try:
-            annotation = annotations.get(ref["ann_id"])
-            if annotation is None:
-                raise UserError(f"{where}: its annotation {ref['ann_id']} is not in {instances_file}.")
-            photo = images.get(ref["image_id"])
-            if photo is None:
-                raise UserError(f"{where}: its photograph {ref['image_id']} is not in {instances_file}.")
-            file, sentences = photo["file_name"], [str(s["sent"]).strip() for s in ref["sentences"]]
-            if Path(file).name != file or file in ("", ".", ".."):
-                raise UserError(f"{instances_file}: image {photo['id']}: {file!r} is not a bare file name.")
-            if not sentences or not all(sentences):
-                raise UserError(f"{where}: a sentence is empty; remove it or write it.")
-            entries.append(dict(
-                ref_id=int(ref["ref_id"]), ann_id=int(ref["ann_id"]), image_id=int(ref["image_id"]), file=file,
-                split=str(ref["split"]), sentences=sentences, height=int(photo["height"]), width=int(photo["width"]),
-                segmentation=annotation["segmentation"]))
-        except (KeyError, TypeError, ValueError, AttributeError) as e:
-            raise UserError(f"{where} is incomplete: {e!r}.") from None
+            entries.append(index_entry(ref, annotations, images, where, instances_file))
+        except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
+            # told when its split is opened, so that it does not keep the others from being read
+            wrong = str(e) if isinstance(e, UserError) else f"{where} is incomplete: {e!r}."
+            entries.append(dict(split=ref["split"], wrong=wrong))
     return entries
+
+
+def index_entry(ref: dict, annotations: dict, images: dict, where: str, instances_file: Path) -> dict:
+    annotation, photo = annotations.get(ref["ann_id"]), images.get(ref["image_id"])
+    if annotation is None:
+        raise UserError(f"{where}: its annotation {ref['ann_id']} is not in {instances_file}.")
+    if photo is None:
+        raise UserError(f"{where}: its photograph {ref['image_id']} is not in {instances_file}.")
+    if annotation["image_id"] != ref["image_id"]:
+        raise UserError(f"{where}: its photograph is {ref['image_id']}, that of its annotation {ref['ann_id']} is "
+                        f"{annotation['image_id']}.")
+    file, sentences = photo["file_name"], [s["sent"] for s in ref["sentences"]]
+    if not isinstance(file, str) or set(file) & set("/\\\0") or file in ("", ".", ".."):
+        raise UserError(f"{instances_file}: image {photo['id']}: {file!r} is not a bare file name.")
+    if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
+        raise UserError(f"{where}: a sentence is empty; remove it or write it.")
+    return dict(ref_id=int(ref["ref_id"]), ann_id=int(ref["ann_id"]), image_id=int(ref["image_id"]), file=file,
+                split=ref["split"], sentences=[s.strip() for s in sentences], height=int(photo["height"]),
+                width=int(photo["width"]), segmentation=annotation["segmentation"])

@@ -110,7 +110,7 @@ def quiet_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def open_run(args: argparse.Namespace, settings: dict, process: Process) -> Path:
+def open_run(args: argparse.Namespace, settings: dict) -> Path:
     """Makes the run folder, or finds the one to resume. Never writes over a run."""
     out, base = Path(args.out or f"runs/{args.method}-{args.dataset}"), 2
     while args.out is None and (out / "config.json").exists():
@@ -122,8 +122,7 @@ def open_run(args: argparse.Namespace, settings: dict, process: Process) -> Path
     if not args.resume:
         if config.exists():
             raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
-        if process.rank == 0:
-            common.write_json(config, settings)
+        common.write_json(config, settings)
     elif not config.exists() or not (out / "resume.pt").exists():
         raise UserError(f"--resume: {out} holds no run that was saved; leave --resume away to start one.")
     else:
@@ -181,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     frozen = common.fingerprint(model)
     info = dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, frozen=frozen, seed=args.seed,
                 dataset=args.dataset, data_root=args.data_root, versions=common.versions())
-    out = process.gather(open_run(args, info, process))[0]
+    out = process.first_alone(lambda: open_run(args, info))
     towers = {id(p) for m in model.parts()["backbone"] for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in trained if id(p) not in towers], base=c.lr),

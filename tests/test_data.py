@@ -269,14 +269,14 @@ def test_the_other_data_sets(tmp_path, name, folder, refs_name, splits):
     assert [len(data.open_dataset(name, s, str(tmp_path))) for s in splits] == [2] + [1] * (len(splits) - 1)
 
 
-@pytest.mark.parametrize("place", ["images/train2014", "train2014", "2017"])
+@pytest.mark.parametrize("place", ["images/train2014", "train2014", "2017", "images/train2017"])
 def test_other_places_for_the_photographs(tmp_path, place):
     make_refer(tmp_path)
     photos = tmp_path / "images" / "mscoco" / "images" / "train2014"
-    if place == "2017":
+    if "2017" in place:
         for p in photos.iterdir():
             p.rename(p.with_name(p.name.removeprefix("COCO_train2014_")))
-    else:
+    if place != "2017":
         photos.rename(tmp_path / "moved")
         (tmp_path / place).parent.mkdir(exist_ok=True)
         (tmp_path / "moved").rename(tmp_path / place)
@@ -298,10 +298,13 @@ def set_(path, value):
     (set_(("refs", 0, "image_id"), 555), ["ref 0", "555"]),
     (set_(("refs", 0, "sentences", 1, "sent"), "  "), ["ref 0", "empty"]),
     (set_(("refs", 0, "sentences"), []), ["ref 0", "empty"]),
-    (set_(("refs", 0), {"ref_id": 0}), ["ref 0", "incomplete", "ann_id"]),
-    (set_(("refs", 0, "split"), None), []),
+    (set_(("refs", 0, "sentences", 0, "sent"), None), ["ref 0", "empty"]),
+    (set_(("instances", "annotations", 0, "image_id"), 3), ["ref 0", "photograph is 1", "100 is 3"]),
+    (set_(("instances", "images", 0, "file_name"), "..\\a.jpg"), ["not a bare file name"]),
+    (set_(("refs", 0), {"ref_id": 0, "split": "train"}), ["ref 0", "incomplete", "ann_id"]),
+    (set_(("refs", 0, "split"), None), ["ref 0", "split"]),
     (set_(("instances", "annotations", 0, "segmentation"), [[5, 5, 5, 5, 5, 5]]), ["annotation 100", "no pixel"]),
-    (set_(("instances", "annotations", 0, "segmentation"), []), ["annotation 100", "cannot be read"]),
+    (set_(("instances", "annotations", 0, "segmentation"), []), ["annotation 100"]),
     (set_(("instances", "annotations", 0, "segmentation"), {"counts": [0]}), ["annotation 100", "cannot be read"]),
     (set_(("instances", "annotations", 0, "segmentation"), {"size": [9, 9], "counts": "9"}), ["annotation 100"]),
     (set_(("instances", "images", 0, "file_name"), "../../etc/passwd"), ["instances.json", "not a bare file name"]),
@@ -311,12 +314,26 @@ def set_(path, value):
 def test_bad_records_are_named(tmp_path, change, words):
     make_refer(tmp_path)
     edit(tmp_path, change)
-    if not words:  # an object without a split belongs to none
-        assert len(data.open_dataset("refcoco", "train", str(tmp_path))) == 1
-        return
     with pytest.raises(UserError) as e:
         data.open_dataset("refcoco", "train", str(tmp_path)).read(0)
     assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), e.value
+
+
+def test_a_bad_record_does_not_keep_other_splits_from_being_read(tmp_path):
+    make_refer(tmp_path)
+    edit(tmp_path, set_(("refs", 1, "sentences", 0, "sent"), ""))
+    assert data.open_dataset("refcoco", "train", str(tmp_path)).read(0).mask.any()
+    with pytest.raises(UserError, match="ref 1: a sentence is empty"):
+        data.open_dataset("refcoco", "val", str(tmp_path))
+
+
+def test_an_object_in_several_runs(tmp_path):
+    masks = make_refer(tmp_path)
+    parts = [coco.frPyObjects([[5, 5, 20, 5, 20, 18, 5, 18]], 40, 60)[0],
+             coco.frPyObjects([[22.5, 8, 28, 8, 25, 20.5]], 40, 60)[0]]  # refclef stores lists of RLE
+    edit(tmp_path, set_(("instances", "annotations", 0, "segmentation"),
+                        [dict(size=p["size"], counts=p["counts"].decode()) for p in parts]))
+    assert np.array_equal(data.open_dataset("refcoco", "train", str(tmp_path)).read(0).mask, masks[0])
 
 
 class Attack:

@@ -1,0 +1,288 @@
+"""python -m pytest tests/test_commands.py"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import common
+import data
+import evaluate
+import train
+from tests.test_data import make_refer
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["--method", "dcris", "--steps", "6", "--val-every", "3", "--batch-size", "4", "--log-every", "1",
+         "--workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(monkeypatch):
+    """The built-in sets with 40 training pictures and 12 of each other split; subprocesses have the whole sets."""
+    whole = data.Shapes.__init__
+    monkeypatch.setattr(data.Shapes, "__init__", lambda self, name="shapes", split="train", seed=0, size=64, images=None:
+                        whole(self, name, split, seed, size, images or (40 if split == "train" else 12)))
+
+
+def command(*words, check=None, world=1, **kwargs):
+    """A command of the project, as a user runs it."""
+    start = [sys.executable] if world == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "29511"]
+    result = subprocess.run([*start, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=240,
+                            stdin=subprocess.DEVNULL, **kwargs)
+    if check is not None:
+        assert result.returncode == check, result.stderr[-3000:]
+    return result
+
+
+def log_of(run):
+    lines = [json.loads(s) for s in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in s.items() if k not in ("images_per_s", "seconds", "peak_gib")} for s in lines]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two dozen steps on the whole of shapes, by torchrun."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    command("train.py", *SMALL, "--steps", 24, "--val-every", 12, "--out", out, check=0)
+    return out
+
+
+def test_a_run_folder_is_complete(run):
+    assert sorted(p.name for p in run.iterdir()) == ["config.json", "log.jsonl", "metrics.json", "model.safetensors",
+                                                    "resume.pt"]
+    config = json.loads((run / "config.json").read_text())
+    assert config["config"]["tune"] == "full" and config["config"]["steps"] == 24 and config["seed"] == 0
+    assert config["versions"]["torch"] == torch.__version__
+    lines = log_of(run)
+    assert [s["step"] for s in lines if "loss" in s] == list(range(1, 25))
+    vals = [s["val"] for s in lines if "val" in s]
+    assert len(vals) == 2 and vals[0]["n"] == 600
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["mIoU"] == max(v["mIoU"] for v in vals) and metrics["split"] == "val"
+
+
+def test_evaluation_repeats_validation_and_does_not_depend_on_processes(run, tmp_path):
+    best = json.loads((run / "metrics.json").read_text())
+    command("evaluate.py", "--ckpt", run, "--batch-size", 4, "--json", tmp_path / "one.json", "--device", "cpu", check=0)
+    one = json.loads((tmp_path / "one.json").read_text())
+    assert {k: one[k] for k in one if k in best} == {k: best[k] for k in one if k in best}
+    assert (one["method"], one["backbone"], one["dataset"], one["split"], one["n"]) == ("dcris", "tiny", "shapes", "val",
+                                                                                   600)
+    two = command("evaluate.py", "--ckpt", run / "model.safetensors", "--batch-size", 4, "--json", "-", "--device", "cpu",
+                  world=2, check=0)
+    assert json.loads(two.stdout) == one
+
+
+def test_shuffled_text_all_splits_and_drawing(run, tmp_path, capsys):
+    evaluate.main(["--ckpt", str(run), "--split", "all", "--json", str(tmp_path / "all.json"), "--shuffle-text",
+                   "--draw", str(tmp_path / "sheet.png"), "--draw-count", "3"])
+    table = capsys.readouterr().out.splitlines()
+    rows = json.loads((tmp_path / "all.json").read_text())
+    assert [r["split"] for r in rows] == list(data.SPLITS["shapes"]) and rows[1]["n"] == 24 and rows[0]["n"] == 80
+    assert len(table) == 5 and table[0].split()[-8:] == ["n", "oIoU", "mIoU", *(f"Pr@0.{x}" for x in range(5, 10))]
+    assert Image.open(tmp_path / "sheet.png").size[0] > 900
+    items = data.EvalSet(data.Shapes("shapes", "val"), common.Preprocess(64))
+    shuffled = evaluate.Sentences(items, [str(k) for k in range(24)])
+    given = [int(shuffled[k]["sentence"]) for k in range(24)]
+    assert sorted(given) == list(range(24)) and all(k != g for k, g in enumerate(given))
+
+
+def test_one_picture_one_sentence(run, tmp_path):
+    photo = np.random.default_rng(0).integers(0, 255, (90, 161, 3)).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    result = command("evaluate.py", "--ckpt", run, "--image", tmp_path / "a.png", "--text", "the left ünïcode thing",
+                     "--out", tmp_path / "b.png", "--json", "-", "--threshold", 0.02, check=0)
+    found = json.loads(result.stdout)
+    mask = np.asarray(Image.open(found["mask"]))
+    assert mask.shape == (90, 161) and (found["width"], found["height"]) == (161, 90)
+    assert (mask > 0).sum() == found["area"] > 0 and found["box"] == [int(v) for v in data.box_of(mask > 0)]
+    assert 0.02 < found["confidence"] <= 1
+    assert Image.open(tmp_path / "b.png").size[0] == 483  # three times the size, so that something can be seen
+
+
+@pytest.mark.parametrize("words, sentence", [
+    (["--image", "none.png", "--text", "dog"], "none.png: no such picture"),
+    (["--image", "README.md", "--text", "dog"], "README.md is not a picture"),
+    (["--image", "README.md", "--text", " "], "the sentence is empty"),
+    (["--split", "test"], "no split 'test'"), (["--dataset", "refcoco"], "--data-root"),
+    (["--dataset", "refcocog"], "refcocog_umd")])
+def test_mistakes_get_one_sentence(run, words, sentence, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(common.UserError, match=sentence):
+        evaluate.main(["--ckpt", str(run), *words])
+
+
+def test_a_mistake_is_no_traceback(run, tmp_path):
+    r = command("evaluate.py", "--ckpt", run, "--image", "none.png", "--text", "dog", check=2)
+    assert r.stderr.strip() == "error: none.png: no such picture." and not r.stdout
+    r = command("train.py", *SMALL, "--bridger-dimm", 3, check=2)
+    assert "unrecognized arguments: --bridger-dimm 3" in r.stderr and "Traceback" not in r.stderr
+    r = command("train.py", *SMALL, "--visual-layers", "1,9", "--out", tmp_path / "x", check=2)
+    assert r.stderr.strip() == "error: --visual-layers (1, 9) cannot be: blocks from 0 to 3."
+    make_refer(tmp_path)
+    photo = next((tmp_path / "images" / "mscoco" / "images" / "train2014").iterdir())
+    for p in photo.parent.iterdir():
+        p.write_bytes(p.read_bytes()[:900])
+    r = command("train.py", *SMALL, "--dataset", "refcoco", "--data-root", tmp_path, "--backbone", "tiny",
+                "--batch-size", 2, "--workers", 1, "--out", tmp_path / "y", check=2)  # the last --workers counts
+    last = r.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "COCO_train2014_" in last and "cannot be read" in last
+    assert "Traceback" not in r.stderr
+
+
+def test_the_same_command_twice_and_any_number_of_workers(tmp_path):
+    for name, workers in ("a", "0"), ("b", "0"), ("c", "2"):
+        train.main([*SMALL, "--out", str(tmp_path / name), "--workers", workers])
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b") == log_of(tmp_path / "c")
+    a, b = (load_file(tmp_path / n / "model.safetensors") for n in "ac")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("flags", [[], ["--tune", "method", "--cross-dropout", "0.1", "--decoder-dropout", "0.1"]])
+def test_resuming_gives_the_numbers_of_an_unbroken_run(tmp_path, flags, monkeypatch):
+    train.main([*SMALL, *flags, "--out", str(tmp_path / "whole")])
+    calls = []
+
+    class Stop(common.StopSignal):  # the signal comes during the fourth step of the first call
+        number = property(lambda self: signal.SIGTERM if len(calls) == 4 else 0, lambda self, n: None)
+
+    adam = torch.optim.AdamW.step
+    monkeypatch.setattr(common, "StopSignal", Stop)
+    rate = train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda *a: calls.append(1) or rate(*a))
+    assert train.main([*SMALL, *flags, "--out", str(tmp_path / "cut")]) == 128 + signal.SIGTERM
+    assert max(s["step"] for s in log_of(tmp_path / "cut")) == 4
+    assert train.main([*SMALL, *flags, "--out", str(tmp_path / "cut"), "--resume"]) == 0
+    assert adam is torch.optim.AdamW.step
+    assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
+    for name in "model.safetensors",:
+        a, b = load_file(tmp_path / "whole" / name), load_file(tmp_path / "cut" / name)
+        assert all(torch.equal(a[k], b[k]) for k in a) and a.keys() == b.keys()
+    a, b = (torch.load(tmp_path / n / "resume.pt", weights_only=True)["model"] for n in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_runs_are_not_written_over(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train.main([*SMALL, "--steps", "1"])
+    assert sorted(os.listdir("runs")) == ["dcris-shapes", "dcris-shapes-2"]
+    with pytest.raises(common.UserError, match="holds a run already"):
+        train.main([*SMALL, "--out", "runs/dcris-shapes"])
+    with pytest.raises(common.UserError, match="steps = 1, not 6"):
+        train.main([*SMALL, "--out", "runs/dcris-shapes", "--resume"])
+    with pytest.raises(common.UserError, match="holds no run that was saved"):
+        train.main([*SMALL, "--out", "runs/none", "--resume"])
+    (tmp_path / "runs/dcris-shapes/resume.pt").write_bytes(b"half")
+    with pytest.raises(common.UserError, match="resume.pt cannot be read"):
+        train.main([*SMALL, "--steps", "1", "--out", "runs/dcris-shapes", "--resume"])
+
+
+def test_towers_of_one_run_for_another(run, tmp_path):
+    out = tmp_path / "shift"
+    train.main([*SMALL, "--dataset", "shapes-shift", "--weights", str(run), "--out", str(out)])
+    info, state = common.read_checkpoint(str(out))
+    assert info["config"]["tune"] == "method" and not any(k.startswith(("vision.", "text.")) for k in state)
+    assert any(k.startswith("visual_adapters.") for k in state)
+    process = common.start(device="cpu")
+    model, _ = evaluate.load_run(str(out), None, process)
+    _, first = common.read_checkpoint(str(run))
+    for k, v in first.items():
+        if k.startswith(("vision.", "text.")):
+            assert torch.equal(model.state_dict()[k], v), k
+    # reloaded onto fresh towers: the same logits to the bit
+    again, _ = evaluate.load_run(str(out), str(run), process)
+    images, tokens = torch.randn(2, 3, 64, 64), model.tokenize(["red circle", "left"])
+    with torch.no_grad():
+        assert torch.equal(model(images, tokens), again(images, tokens))
+    with pytest.raises(common.UserError, match="trained no towers"):
+        train.main([*SMALL, "--weights", str(out), "--out", str(tmp_path / "z")])
+    with pytest.raises(common.UserError, match="are not the ones built here"):
+        evaluate.load_run(str(out), "random", process)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+    import dcris
+    loss, calls = dcris.DCRIS.loss, []
+    monkeypatch.setattr(dcris.DCRIS, "loss", lambda *a: calls.append(1) or loss(*a) * (float("nan") if len(calls) > 4
+                                                                                      else 1))
+    with pytest.raises(common.UserError, match="the loss is nan at step 5.*shapes/train picture"):
+        train.main([*SMALL, "--out", str(tmp_path / "run")])
+    assert torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["step"] == 3
+
+
+def test_accumulation_is_the_same_batch(tmp_path):
+    whole = train.micro_batches(30, train.parse(SMALL)[1], 0, range(9), common.Process(0, 1, torch.device("cpu")), 1)
+    steps = list(whole)
+    assert all(len(s) == 4 for s in steps) and len({i for s in steps[:7] for i in s}) == 28  # an epoch of 7 steps
+    c = train.parse(SMALL)[1]
+    for world, parts in (2, 1), (1, 2), (2, 2):
+        dealt = [list(train.micro_batches(30, c, 0, range(9), common.Process(r, world, torch.device("cpu")), parts))
+                 for r in range(world)]
+        for n in range(9):
+            mine = [i for part in range(parts) for d in dealt for i in d[n * parts + part]]
+            assert mine == steps[n]
+
+
+def test_schedules():
+    c = train.parse([*SMALL, "--schedule", "step", "--milestones", "2,4", "--warmup", "0"])[1]
+    assert [train.learning_rate(s, 100, 10, c) for s in (0, 19, 20, 39, 40)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    c = train.parse([*SMALL, "--warmup", "10"])[1]
+    assert train.learning_rate(0, 100, 10, c) == pytest.approx(0.1)
+    assert train.learning_rate(50, 100, 10, c) == pytest.approx(0.5)
+    assert train.learning_rate(100, 100, 10, c) == pytest.approx(0)
+
+
+def test_two_processes_learn_what_one_learns(tmp_path):
+    """gloo has no SyncBatchNorm, so the processes' BatchNorms see half a batch each: the loss agrees at the first step
+    to rounding only where no batch statistics enter, and closely after."""
+    for world in 1, 2:
+        command("train.py", *SMALL, "--steps", 2, "--val-every", 2, "--batch-size", 16, "--out", tmp_path / str(world),
+                world=world, check=0)
+    one, two = (log_of(tmp_path / n) for n in "12")
+    assert [s["step"] for s in one] == [s["step"] for s in two] and two[-1]["val"]["n"] == 600
+    assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.2)
+
+
+@pytest.mark.parametrize("number, world", [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_saves_and_leaves(tmp_path, number, world):
+    out = tmp_path / "run"
+    start = [sys.executable] if world == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "29512"]
+    process = subprocess.Popen([*start, "train.py", *SMALL, "--steps", "5000", "--val-every", "5000", "--workers", "1",
+                                "--out", out], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.time() + 120
+    while not (out / "log.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    os.killpg(process.pid, number) if number == signal.SIGINT else process.send_signal(number)  # Ctrl-C reaches the group
+    begin = time.time()
+    _, said = process.communicate(timeout=60)
+    assert time.time() - begin < 20
+    assert process.returncode != 0 and "stopped at step" in said, said[-2000:]
+    if world == 1:
+        assert process.returncode == 130 and "Traceback" not in said
+    step = torch.load(out / "resume.pt", weights_only=True)["step"]
+    assert step >= 1 and (out / "model.safetensors").exists()
+    train.main([*SMALL, "--steps", str(step + 2), "--val-every", "5000", "--out", str(tmp_path / "other")])
+
+
+def test_efficiency_prints_the_fields_and_the_paper(tmp_path, capsys):
+    evaluate.main(["--efficiency", "--method", "dcris", "--backbone", "tiny", "--tune", "method", "--json", "-"])
+    rows = json.loads(capsys.readouterr().out)
+    assert len(rows) == 1 and {"method", "backbone", "image_size", "params_total", "params_trainable", "params_adapter",
+                               "params_head", "params_backbone", "adapter_percent_of_backbone", "gflops_forward",
+                               "saved_bytes_per_image", "step_seconds_per_image", "device", "paper"} <= rows[0].keys()
+    with pytest.raises(SystemExit):
+        evaluate.main(["--efficiency", "--backbone", "resnet"])
+    assert "dinov2-base" in capsys.readouterr().err
