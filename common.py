@@ -30,6 +30,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,74 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], path: str, what: s
     if wrong:
         raise UserError(f"{path} does not hold {what}: {'; '.join(wrong)}.")
     module.load_state_dict(state)
+
+
+def dinov2_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """DINOv2's weights under Meta's names, or older or newer transformers' ones, with the names that `model` has."""
+    if "blocks.0.attn.qkv.weight" in state:  # Meta's file: query, key and value in one matrix
+        for k in [k for k in state if ".attn.qkv." in k]:
+            for name, part in zip("qkv", state.pop(k).chunk(3)):
+                state[k.replace("attn.qkv", f"attention.{name}_proj")] = part
+    renames = [("blocks.", "encoder.layer."), ("attn.proj", "attention.o_proj"),
+               ("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1"),
+               ("patch_embed.proj", "embeddings.patch_embeddings.projection")]
+    old = [("attention.attention.query", "attention.q_proj"), ("attention.attention.key", "attention.k_proj"),
+           ("attention.attention.value", "attention.v_proj"), ("attention.output.dense", "attention.o_proj")]
+    top = {"cls_token": "cls_token", "mask_token": "mask_token", "register_tokens": "register_tokens",
+           "pos_embed": "position_embeddings"}
+    out = {}
+    for k, v in state.items():
+        k = k.removeprefix("dinov2_with_registers.")
+        k = f"embeddings.{top[k]}" if k in top else k
+        k = "layernorm" + k.removeprefix("norm") if k.startswith("norm.") else k
+        for a, b in renames + old:
+            k = k.replace(a, b)
+        if "encoder.layer.0.attention.q_proj.weight" not in model.state_dict():  # transformers before 5
+            for a, b in old:
+                k = k.replace(b, a)
+        out[k] = v.float()
+    return out
+
+
+# Blocks that no paper claims
+
+
+def sine_1d(n: int, dim: int, like: Tensor) -> Tensor:
+    """Sine positions, sine and cosine interleaved. -> (n, dim)"""
+    i = torch.arange(0, dim, 2, device=like.device, dtype=torch.float32)
+    angle = torch.arange(n, device=like.device).float()[:, None] * torch.exp(i * (-torch.log(torch.tensor(1e4)) / dim))
+    return torch.stack([angle.sin(), angle.cos()], 2).flatten(1).to(like.dtype)
+
+
+def sine_2d(h: int, w: int, dim: int, like: Tensor) -> Tensor:
+    """Half of the channels for x, half for y. -> (h * w, dim)"""
+    x, y = sine_1d(w, dim // 2, like), sine_1d(h, dim // 2, like)
+    return torch.cat([x[None].expand(h, -1, -1), y[:, None].expand(-1, w, -1)], 2).flatten(0, 1)
+
+
+def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """1 - Dice of the sigmoid, smoothed by one pixel, a mean over samples; both (B, ...), target in 0..1."""
+    p, t = logits.sigmoid().flatten(1), target.flatten(1)
+    return (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
+
+
+@lru_cache
+def clip_tokenizer():
+    import open_clip
+
+    return open_clip.SimpleTokenizer()
+
+
+def clip_tokens(sentences: list[str], length: int, rows: int = 49408) -> Tensor:
+    """CLIP's BPE in lower case: start, words, end, zeros; cut to `length` with the end kept. -> (B, length)
+
+    For a table of fewer `rows` than CLIP's, the last two are start and end, and rare words fold onto the others.
+    """
+    tokens = clip_tokenizer()(sentences, context_length=length)
+    if rows < 49408:
+        tokens = torch.where(tokens >= 49406, tokens - 49408 + rows,
+                             torch.where(tokens < rows - 2, tokens, 1 + tokens % (rows - 3)))
+    return tokens
 
 
 # Flags

@@ -22,22 +22,22 @@ Deviations (the paper is silent, contradicts its printed figures, or its success
   * Eq. 1 prints bare convolutions; the printed 2.69 M needs a bias and a BatchNorm in each, as in DETRIS.
   * The widths inside Eq. 2 are not printed; 128 for the attention, whatever the adapter's width, gives Table 4.
   * Both adapters are scaled by 0.2 inside the MLP's residual (inside LayerScale for DINOv2), as in DETRIS.
-  * CLS and register tokens pass Eq. 2 as F_v alone; DETRIS doubles them (`double_prefix`).
-  * Padding is masked wherever words are keys; DETRIS masks it in the decoder only (`mask_padding`).
-  * Eq. 4 attends to the words f_t, as printed; DETRIS attends to the one sentence vector, where the softmax over
-    a single key is 1 and the query and key projections (1,575,936 parameters) are dead (`neck_text`).
-  * In both, that attention multiplies the map (CRIS, ETRIS), and a residual joins the neck's input and output.
-  * "1/3, 2/3, and the last layer": after blocks 5, 9 and 12 of 12, or 9, 17 and 24 of 24, as in DETRIS.
-  * Pictures are normalised as DINOv2 was trained (ImageNet), positions resized as its authors do. DETRIS uses CLIP's
-    mean and std, and a grid scaled by 32.1 / 37 without antialiasing (`normalize`, `position_grid`).
-  * `tiny` is this project's: small random towers trained from scratch, with AdamW, warm-up and cosine.
+  * CLS and registers pass Eq. 2 as F_v; DETRIS doubles them (double_prefix).
+  * Padding is masked wherever words are keys; DETRIS masks it in the decoder only (mask_padding).
+  * Eq. 4 attends to the words f_t, as printed. DETRIS attends to the sentence vector alone (neck_text): the softmax
+    over one key is 1, so the query and key projections, 1,575,936 parameters, are dead there.
+  * That attention multiplies the map, and the neck's input is added to its output, as in CRIS and DETRIS.
+  * "1/3, 2/3, and the last layer" are blocks 5, 9 and 12 of 12, or 9, 17 and 24 of 24, as in DETRIS.
+  * Pictures are normalised and positions resized as DINOv2's authors do. DETRIS uses CLIP's mean and std, and a grid
+    scaled by 32.1 / 37 without antialiasing (normalize, position_grid).
+  * `tiny` is this project's: small random towers, trained from scratch by AdamW with warm-up, cosine and Dice; its
+    decoder adds positions to the map itself (decoder_position), without which it learns colours but not places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 import open_clip
@@ -46,7 +46,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from common import Preprocess, UserError, check_config, fetch, load_exactly, read_weights
+from common import (Preprocess, UserError, check_config, clip_tokens, dice_loss, dinov2_state, fetch, load_exactly,
+                    read_weights, sine_1d, sine_2d)
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -61,7 +62,7 @@ BACKBONES = {
         dino=dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518)),
     "tiny": dict(
         dino=dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, patch_size=8, image_size=64,
-                  initializer_range=0.25),  # DINOv2's 0.02 suits wider towers; with it these never learn where things are
+                  initializer_range=0.25),  # with DINOv2's 0.02, made for wider towers, these never learn positions
         clip=dict(embed_dim=64, quick_gelu=True, vision_cfg=dict(layers=1, width=64, image_size=16, patch_size=16),
                   text_cfg=dict(context_length=77, vocab_size=4096, width=64, heads=2, layers=4))),
 }
@@ -135,9 +136,9 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
     if backbone == "tiny":
         c |= dict(image_size=64, visual_layers=(1, 3), text_layers=(1, 3), visual_dim=32, text_dim=32, cross_dim=32,
                   cross_heads=2, cross_dropout=0.0, taps=(2, 3), head_dim=64, head_heads=2, decoder_layers=2,
-                  decoder_ffn=128, decoder_dropout=0.0, decoder_position="content", steps=2400, batch_size=16, optimizer="adamw", lr=2e-3,
-                  tower_lr=0.5, weight_decay=0.01, schedule="cosine", milestones=(), warmup=50, clip_norm=1.0,
-                  dice=1.0, val_every=250)
+                  decoder_ffn=128, decoder_dropout=0.0, decoder_position="content", steps=2400, batch_size=16,
+                  optimizer="adamw", lr=2e-3, tower_lr=0.5, weight_decay=0.01, schedule="cosine", milestones=(),
+                  warmup=50, clip_norm=1.0, dice=1.0, val_every=300)
     if flags.get("tune") in ("frozen", "full"):
         c |= dict(visual_layers=(), text_layers=())
     c = Config(**(c | flags))
@@ -155,8 +156,6 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
         head_heads=(c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
         taps=(len(c.taps) == 2 and 1 <= c.taps[0] < c.taps[1] < depth, f"two rising numbers, 1 to {depth - 1}"))
     return c
-
-
 
 
 def printed(c: Config) -> dict[str, float | str]:
@@ -299,19 +298,6 @@ class Neck(nn.Module):
         return self.coordconv(f_f) + f_f                         # Eq. 4
 
 
-def sine_1d(n: int, dim: int, like: Tensor) -> Tensor:
-    """Sine positions, sine and cosine interleaved. -> (n, dim)"""
-    i = torch.arange(0, dim, 2, device=like.device, dtype=torch.float32)
-    angle = torch.arange(n, device=like.device).float()[:, None] * torch.exp(i * (-torch.log(torch.tensor(1e4)) / dim))
-    return torch.stack([angle.sin(), angle.cos()], 2).flatten(1).to(like.dtype)
-
-
-def sine_2d(h: int, w: int, dim: int, like: Tensor) -> Tensor:
-    """Half of the channels for x, half for y. -> (h * w, dim)"""
-    x, y = sine_1d(w, dim // 2, like), sine_1d(h, dim // 2, like)
-    return torch.cat([x[None].expand(h, -1, -1), y[:, None].expand(-1, w, -1)], 2).flatten(0, 1)
-
-
 class DecoderLayer(nn.Module):
     """MHSA over the map, MHCA to the words, feed-forward; norms before each and after the attentions, as CRIS."""
 
@@ -419,12 +405,7 @@ class DCRIS(nn.Module):
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """CLIP's BPE, lower case; start, words, end, zeros; cut to `words` with the end kept. -> (B, words)"""
-        tokens = tokenizer()(list(sentences), context_length=self.c.words)
-        rows = self.text.token_embedding.num_embeddings
-        if rows < 49408:  # a small table: its last two rows for start and end, rare words fold onto the others
-            tokens = torch.where(tokens >= 49406, tokens - 49408 + rows,
-                                 torch.where(tokens < rows - 2, tokens, 1 + tokens % (rows - 3)))
-        return tokens
+        return clip_tokens(list(sentences), self.c.words, self.text.token_embedding.num_embeddings)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L) -> words f_t (B, L, C), sentence f_s (B, C'), padding (B, L), True after the end token."""
@@ -489,9 +470,7 @@ class DCRIS(nn.Module):
         logits = logits.float()
         loss = F.binary_cross_entropy_with_logits(logits, target)  # Eq. 6
         if self.c.dice:
-            p = logits.sigmoid().flatten(1)
-            t = target.flatten(1)
-            loss = loss + self.c.dice * (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
+            loss = loss + self.c.dice * dice_loss(logits, target)
         return loss
 
 
@@ -499,11 +478,6 @@ Model = DCRIS  # the name by which train.py and evaluate.py know it
 
 
 # Towers
-
-
-@lru_cache
-def tokenizer() -> open_clip.SimpleTokenizer:
-    return open_clip.SimpleTokenizer()
 
 
 def build_towers(backbone: str, weights: str) -> tuple[Dinov2WithRegistersModel, open_clip.CLIP]:
@@ -535,36 +509,9 @@ def build_towers(backbone: str, weights: str) -> tuple[Dinov2WithRegistersModel,
             load_exactly(text, state, file, "the text half of CLIP ViT-B/16")
             loaded.add("CLIP")
         else:
-            load_exactly(vision, dino_state(state, vision), file, f"{backbone} (DINOv2 with registers)")
+            load_exactly(vision, dinov2_state(state, vision), file, f"{backbone} (DINOv2 with registers)")
             loaded.add("DINOv2")
     if len(loaded) < 2 or len(files) > 2:
         raise UserError(f"--weights {weights}: two files are needed, one of DINOv2 with registers and one of CLIP "
                         f"ViT-B/16, with a comma between; found {' and '.join(sorted(loaded))}.")
     return vision, text
-
-
-def dino_state(state: dict[str, Tensor], model: Dinov2WithRegistersModel) -> dict[str, Tensor]:
-    """Meta's names, or those of older or newer transformers, as the names of the installed one."""
-    if "blocks.0.attn.qkv.weight" in state:  # Meta's file: query, key and value in one matrix
-        for k in [k for k in state if ".attn.qkv." in k]:
-            for name, part in zip("qkv", state.pop(k).chunk(3)):
-                state[k.replace("attn.qkv", f"attention.{name}_proj")] = part
-    renames = [("blocks.", "encoder.layer."), ("attn.proj", "attention.o_proj"),
-               ("ls1.gamma", "layer_scale1.lambda1"), ("ls2.gamma", "layer_scale2.lambda1"),
-               ("patch_embed.proj", "embeddings.patch_embeddings.projection")]
-    old = [("attention.attention.query", "attention.q_proj"), ("attention.attention.key", "attention.k_proj"),
-           ("attention.attention.value", "attention.v_proj"), ("attention.output.dense", "attention.o_proj")]
-    top = {"cls_token": "cls_token", "mask_token": "mask_token", "register_tokens": "register_tokens",
-           "pos_embed": "position_embeddings"}
-    out = {}
-    for k, v in state.items():
-        k = k.removeprefix("dinov2_with_registers.")
-        k = f"embeddings.{top[k]}" if k in top else k
-        k = "layernorm" + k.removeprefix("norm") if k.startswith("norm.") else k
-        for a, b in renames + old:
-            k = k.replace(a, b)
-        if "encoder.layer.0.attention.q_proj.weight" not in model.state_dict():  # transformers before 5
-            for a, b in old:
-                k = k.replace(b, a)
-        out[k] = v.float()
-    return out

@@ -207,7 +207,7 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
             for row in rows:
                 paper = row.pop("paper")
                 print_table([{k: v for k, v in row.items() if k != "device"}])
-                print(f"  on {row['device']}; 1 multiply-add = 2 FLOPs; the paper prints {paper or 'nothing of this'}\n")
+                print(f"  on {row['device']}; 1 multiply-add = 2 FLOPs\n  the paper prints {paper or 'nothing'}\n")
                 row["paper"] = paper
         write_result(args.json, rows)
 

@@ -199,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
     process.say(f"trained: {common.count(model, True):,} of {common.count(model):,} parameters (--tune {c.tune})")
 
     # resume
-    first, best, seconds = 0, -1.0, 0.0
+    first, best, seconds, interval = 0, -1.0, 0.0, []
     if args.resume:
         saved = load_resume(out / "resume.pt", process)
         if saved["frozen"] != frozen:
@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         common.load_trained(model, saved["model"], str(out / "resume.pt"))
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
-        first, best, seconds = saved["step"], saved["best"], saved["seconds"]
+        first, best, seconds, interval = (saved[k] for k in ("step", "best", "seconds", "interval"))
         process.say(f"resumed at step {first}")
         if process.rank == 0:  # lines after the saved step will come again
             lines = [s for s in (out / "log.jsonl").read_text().splitlines() if json.loads(s)["step"] <= first]
@@ -243,14 +243,14 @@ def main(argv: list[str] | None = None) -> int:
         if process.rank == 0:
             state = dict(model=common.trained_state(model), optimizer=optimizer.state_dict(), frozen=frozen,
                          scaler=scaler.state_dict(), step=step, best=best, rng=rng,
-                         seconds=seconds + time.perf_counter() - begin)
+                         interval=interval, seconds=seconds + time.perf_counter() - begin)
             with common.writing(out / "resume.pt") as temporary:
                 torch.save(state, temporary)
 
     # train
     bar = tqdm(total=steps, initial=first, disable=process.rank > 0 or not sys.stderr.isatty())
     begin = since = time.perf_counter()
-    step, val, interval = first, {}, []
+    step, val, done = first, {}, first
     net.train()
     for step in range(first + 1, steps + 1):
         factor = learning_rate(step - 1, steps, per_epoch, c)
@@ -287,7 +287,7 @@ def main(argv: list[str] | None = None) -> int:
         bar.update()
         if step % args.log_every == 0 or step == steps:
             now = time.perf_counter()
-            rate = len(interval) * c.batch_size / (now - since)
+            rate = (step - done) * c.batch_size / (now - since)
             entry = dict(step=step, loss=round(sum(interval) / len(interval), 6), lr=c.lr * factor,
                          images_per_s=round(rate, 1), peak_gib=round(peak_memory(device), 2),
                          seconds=round(seconds + now - begin, 1))
@@ -297,7 +297,7 @@ def main(argv: list[str] | None = None) -> int:
                     f"ETA {eta / 60:.1f} min  peak {entry['peak_gib']:.2f} GiB")
             bar.set_postfix_str(f"loss {entry['loss']:.4f} peak {entry['peak_gib']:.2f} GiB") if not bar.disable \
                 else process.say(line)
-            interval, since = [], now
+            interval, since, done = [], now, step
         if step % val_every == 0 or step == steps:
             val = evaluate_split(model, val_source, process, c.batch_size, 0)
             log(step=step, epoch=round(step / per_epoch, 3), val=val)
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
                 if process.rank == 0:
                     common.write_json(out / "metrics.json", dict(step=step, split="val", dataset=args.dataset, **val))
             save_resume()
-            since = time.perf_counter()
+            since, done = time.perf_counter(), step
         if stopped:
             save_resume()
             if best < 0:
