@@ -553,7 +553,7 @@ def efficiency(model: nn.Module, timed: int = 1) -> dict:
 
 # Drawing
 
-TINT = np.array([255, 64, 32])
+TINT = np.array([235, 0, 180])  # magenta: rare in photographs, and no colour of the shapes
 
 
 def overlay(image: np.ndarray, mask: np.ndarray, caption: str = "", least: int = 480) -> Image.Image:

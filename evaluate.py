@@ -118,7 +118,9 @@ def measure(args: argparse.Namespace, process: Process) -> None:
     model, info = load_run(args.ckpt, args.weights, process)
     name = args.dataset or info["dataset"]
     root = args.data_root or info["data_root"]
-    splits = data.SPLITS[name] if args.split == "all" and name in data.SPLITS else [args.split]
+    splits = [args.split]
+    if args.split == "all":
+        splits = [s for s in data.SPLITS.get(name, ("val",)) if s != "train"]
     rows = []
     for split in splits:
         source = data.open_dataset(name, split, root, info["seed"])
@@ -147,6 +149,8 @@ def draw_examples(file: str, model, source, count: int) -> None:
         photo = items.record(int(k)).image
         pair = [common.overlay(photo, m.numpy(), text, least=320) for m, text in
                 ((mask, f"{item['sentence']} (IoU {100 * i / max(u, 1):.0f})"), (truth, "truth"))]
+        for picture in pair:
+            picture.thumbnail((480, 480))
         pictures.append(common.grid(pair, columns=1))
     with common.writing(file) as temporary:
         common.grid(pictures, columns=6).save(temporary, format="PNG")
@@ -219,7 +223,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--weights", help="towers, if they lie elsewhere than when the run was trained")
     p.add_argument("--dataset", help=f"default: the run's; one of {', '.join(data.DATASETS)}")
     p.add_argument("--data-root", help="folder of a REFER data set; default: the run's")
-    p.add_argument("--split", default="val", help="val, testA, testB, test, train or all")
+    p.add_argument("--split", default="val", help="val, testA, testB, test, train, or all (but train)")
     p.add_argument("--shuffle-text", action="store_true", help="give each picture another's sentence")
     p.add_argument("--workers", type=int, default=0, help="processes that read data")
     p.add_argument("--draw", metavar="FILE.png", help="draw predictions over the split's pictures")

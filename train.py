@@ -45,6 +45,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
     p.add_argument("--method", required=True, choices=METHODS)
     p.add_argument("--dataset", default="shapes", help=", ".join(data.DATASETS))
     p.add_argument("--data-root", help="folder of the data set (see the README for its layout)")
+    p.add_argument("--val-split", default="val", choices=("val", "train"),
+                   help="train: the best step is the one that knows its training set best (learning by heart)")
     p.add_argument("--backbone", help="default: tiny for shapes, otherwise the paper's")
     p.add_argument("--variant", help="default: the paper's")
     p.add_argument("--tune", help="method (adapters and head), frozen (head alone) or full (everything)")
@@ -164,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # data
     train_source = data.open_dataset(args.dataset, "train", args.data_root, args.seed)
-    val_source = data.open_dataset(args.dataset, "val", args.data_root, args.seed)
+    val_source = data.open_dataset(args.dataset, args.val_split, args.data_root, args.seed)
     per_epoch = len(train_source) // c.batch_size
     if per_epoch == 0:
         raise UserError(f"{args.dataset} train has {len(train_source)} objects, fewer than one batch; "
@@ -303,12 +305,12 @@ def main(argv: list[str] | None = None) -> int:
             log(step=step, epoch=round(step / per_epoch, 3), val=val)
             if not bar.disable:
                 bar.clear()
-            process.say(f"step {step}  val  " + "  ".join(f"{k} {v}" for k, v in val.items()))
+            process.say(f"step {step}  {args.val_split}  " + "  ".join(f"{k} {v}" for k, v in val.items()))
             if val["mIoU"] > best:
                 best = val["mIoU"]
                 save_best()
                 if process.rank == 0:
-                    common.write_json(out / "metrics.json", dict(step=step, split="val", dataset=args.dataset, **val))
+                    common.write_json(out / "metrics.json", dict(step=step, split=args.val_split, dataset=args.dataset, **val))
             save_resume()
             since, done = time.perf_counter(), step
         if stopped:
@@ -318,7 +320,7 @@ def main(argv: list[str] | None = None) -> int:
             process.say(f"stopped at step {step} and saved; the same command with --resume goes on from there.")
             return 128 + (stop.number or signal.SIGTERM)
     bar.close()
-    process.say(f"best val mIoU {best} in {(seconds + time.perf_counter() - begin) / 60:.1f} min. Next:\n"
+    process.say(f"best {args.val_split} mIoU {best} in {(seconds + time.perf_counter() - begin) / 60:.1f} min. Next:\n"
                 f"  python evaluate.py --ckpt {out} --split all")
     return 0
 

@@ -88,8 +88,8 @@ def test_shuffled_text_all_splits_and_drawing(run, tmp_path, capsys):
                    "--draw", str(tmp_path / "sheet.png"), "--draw-count", "3"])
     table = capsys.readouterr().out.splitlines()
     rows = json.loads((tmp_path / "all.json").read_text())
-    assert [r["split"] for r in rows] == list(data.SPLITS["shapes"]) and rows[1]["n"] == 24 and rows[0]["n"] == 80
-    assert len(table) == 5 and table[0].split()[-8:] == ["n", "oIoU", "mIoU", *(f"Pr@0.{x}" for x in range(5, 10))]
+    assert [r["split"] for r in rows] == ["val", "testA", "testB"] and rows[1]["n"] == 24
+    assert len(table) == 4 and table[0].split()[-8:] == ["n", "oIoU", "mIoU", *(f"Pr@0.{x}" for x in range(5, 10))]
     assert Image.open(tmp_path / "sheet.png").size[0] > 900
     items = data.EvalSet(data.Shapes("shapes", "val"), common.Preprocess(64))
     shuffled = evaluate.Sentences(items, [str(k) for k in range(24)])
