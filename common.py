@@ -332,13 +332,12 @@ def run_command(main) -> None:
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
-    if dist.is_initialized() and status == 0:
-        dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
+    if status:
+        os._exit(status)  # at once: data workers, or other processes in a collective, would be waited for
     if dist.is_initialized():
-        os._exit(status)  # others may hang in a collective; torchrun ends them
-    sys.exit(status)
+        dist.destroy_process_group()
 
 
 class StopSignal:

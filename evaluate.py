@@ -70,10 +70,13 @@ class Sentences(Dataset):
 
 @torch.no_grad()
 def evaluate_split(model, source, process: Process, batch_size: int = 16, workers: int = 0,
-                   shuffle_text: bool = False) -> dict:
-    """Metrics of a split (see common.mask_metrics), the same on every process and for any number of processes."""
+                   shuffle_text: bool = False, most: int | None = None) -> dict:
+    """Metrics of a split (see common.mask_metrics), or of its first `most` sentences.
+
+    They are the same on every process and for any number of processes.
+    """
     items = data.EvalSet(source, model.preprocess)
-    n = len(items)
+    n = min(len(items), len(items) if most is None else most)
     shown = Sentences(items, items.sentences()) if shuffle_text else items
     # whole batches are dealt out, so that a batch is the same whoever computes it
     batches = [range(b, min(b + batch_size, n)) for b in range(0, n, batch_size)][process.rank::process.world]

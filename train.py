@@ -108,8 +108,8 @@ def micro_batches(n: int, c, seed: int, steps: range, process: Process, accumula
 
 
 def quiet_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that trains decides when to stop
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for s in signal.SIGINT, signal.SIGTERM:  # they reach the workers too, but the process that trains decides
+        signal.signal(s, signal.SIG_IGN)
 
 
 def open_run(args: argparse.Namespace, settings: dict) -> Path:
@@ -301,7 +301,8 @@ def main(argv: list[str] | None = None) -> int:
                 else process.say(line)
             interval, since, done = [], now, step
         if step % val_every == 0 or step == steps:
-            val = evaluate_split(model, val_source, process, c.batch_size, 0)
+            # a trial of a few steps is not worth a long validation: no more sentences than the run learns from
+            val = evaluate_split(model, val_source, process, c.batch_size, most=steps * c.batch_size)
             log(step=step, epoch=round(step / per_epoch, 3), val=val)
             if not bar.disable:
                 bar.clear()
