@@ -256,6 +256,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if bool(args.ckpt) == args.efficiency:
         p.error("give --ckpt RUN, or --efficiency")
+    ignored = [n for n in ("method", "backbone", "variant", "tune") if args.ckpt and getattr(args, n)]
+    if ignored:
+        p.error(f"--{ignored[0]} goes with --efficiency; a checkpoint knows its own")
+    if args.ckpt and args.threshold is not None and not args.image:
+        p.error("--threshold goes with --image; metrics are measured at the method's own")
     if (args.image is None) != (args.text is None):
         p.error("--image and --text go together")
     if args.ckpt and args.threshold is not None and not 0 < args.threshold < 1:

@@ -36,7 +36,7 @@ def few_pictures(monkeypatch):
 def command(*words, check=None, world=1, **kwargs):
     """A command of the project, as a user runs it."""
     start = [sys.executable] if world == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "29511"]
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]
     result = subprocess.run([*start, *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=240,
                             stdin=subprocess.DEVNULL, **kwargs)
     if check is not None:
@@ -257,7 +257,7 @@ def test_two_processes_learn_what_one_learns(tmp_path):
 def test_a_signal_saves_and_leaves(tmp_path, number, world):
     out = tmp_path / "run"
     start = [sys.executable] if world == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--master_port", "29512"]
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(world), "--standalone"]
     process = subprocess.Popen([*start, "train.py", *SMALL, "--steps", "5000", "--val-every", "5000", "--workers", "1",
                                 "--out", out], cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.time() + 120
