@@ -429,7 +429,8 @@ class DCRIS(nn.Module):
         n, pad = grid[0] * grid[1], pad if self.c.mask_padding else None
         x, taps = self.embed(images, grid), []                   # (B, 5+N, D)
         for i, block in enumerate(self.vision.encoder.layer):
-            x = x + block.layer_scale1(block.attention(block.norm1(x))[0])
+            a = block.attention(block.norm1(x))
+            x = x + block.layer_scale1(a[0] if isinstance(a, tuple) else a)  # a tensor before transformers 5
             h = block.norm2(x)
             y = block.mlp(h)
             if str(i) in self.visual_adapters:  # in parallel to the MLP (Sec. 3.3)
