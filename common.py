@@ -28,7 +28,7 @@ import typing
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -231,9 +231,9 @@ def config_flags(args: argparse.Namespace, config_class: type) -> dict:
             if f.name not in NAMES and (v := getattr(args, f.name, MISSING)) is not MISSING}
 
 
-def check_config(c, **rules: tuple[bool, str]) -> None:
+def check_config(c, **rules: tuple) -> None:
     """Raises UserError for a setting that cannot be, and names it. Each of a method's own rules is a field's name with
-    (whether it is fine, what is wanted)."""
+    (whether it is fine, or a function that says so where 0 would be a divisor, what is wanted)."""
     positive = "batch_size", "epochs", "lr", "image_size"
     for name, kind in typing.get_type_hints(type(c)).items():
         value, wanted = getattr(c, name), None
@@ -241,16 +241,16 @@ def check_config(c, **rules: tuple[bool, str]) -> None:
             wanted = " or ".join(typing.get_args(kind))
         elif kind in (int, float) and not 0 <= value < float("inf"):
             wanted = "0 or more"
-        elif kind is int and value == 0 and (name in positive or name.endswith(("_dim", "_heads"))):
+        elif value == 0 and (name in positive or name.endswith(("_dim", "_heads", "_ffn")) or name == "decoder_layers"):
             wanted = "positive"
-        elif name == "threshold" and not 0 < value < 1:
+        elif name == "threshold" and not 0 < value < 1 or name.endswith("_dropout") and value >= 1:
             wanted = "between 0 and 1"
         elif typing.get_origin(kind) is tuple and (len(set(value)) < len(value) or min(value, default=0) < 0):
             wanted = "different numbers, none negative"
         if wanted:
             raise UserError(f"--{name.replace('_', '-')} {value} cannot be: {wanted}.")
     for name, (fine, wanted) in rules.items():
-        if not fine:
+        if not (fine() if callable(fine) else fine):
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} cannot be: {wanted}.")
 
 
@@ -307,6 +307,8 @@ def start(tiny: bool = False, device: str = "auto") -> Process:
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; --device cpu runs without.")
     if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node: {torch.cuda.device_count()} GPUs are here, one for each process.")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
     elif tiny and "OMP_NUM_THREADS" not in os.environ:
@@ -341,16 +343,21 @@ def run_command(main) -> None:
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM set `.number`, for the loop to save and leave; a second one ends the process at once."""
+    """Ctrl-C and SIGTERM set `.number`, for the loop to save and leave; a second one ends the process at once.
+
+    What comes within two seconds is the same one: torchrun and schedulers pass a signal on to whom it reached already.
+    """
 
     def __init__(self):
-        self.number = 0
+        self.number, self.since = 0, 0.0
         for s in signal.SIGINT, signal.SIGTERM:
             signal.signal(s, self.received)
 
     def received(self, number: int, frame) -> None:
-        self.number = number
-        signal.signal(number, signal.SIG_DFL)
+        if self.number and time.monotonic() - self.since > 2 and "TORCHELASTIC_RUN_ID" not in os.environ:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.since = number, time.monotonic()
 
 
 # Metrics
@@ -386,10 +393,11 @@ def writing(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f"{path} cannot be written: {e.strerror or e}.") from None
+    except (OSError, ValueError) as e:  # Pillow raises ValueError for what a format cannot hold
+        raise UserError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}.") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value) -> None:
@@ -444,7 +452,8 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
             state = {k: f.get_tensor(k) for k in f.keys()}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{file} is not a whole safetensors file: {str(e)[:200]}") from None
-    if not isinstance(info, dict) or not {"method", "config", "weights", "seed"} <= info.keys():
+    needed = {"method", "config", "weights", "seed", "frozen", "dataset", "data_root"}
+    if not isinstance(info, dict) or not needed <= info.keys() or not isinstance(info["config"], dict):
         raise UserError(f"{file} was not written by this project's train.py: its metadata names no method and config.")
     return info, state
 

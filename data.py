@@ -486,7 +486,10 @@ class Refer:
         if not path.is_file() and e["file"].startswith("COCO_train2014_"):  # train2017 holds the same photographs
             other = path.with_name(e["file"].removeprefix("COCO_train2014_"))
             path = other if other.is_file() else path
-        image = read_image(path, (e["height"], e["width"]))
+        try:
+            image = read_image(path, (e["height"], e["width"]))
+        except UserError as error:
+            raise UserError(f"{self.name}/{self.split} ref {e['ref_id']}: {error}") from None
         mask = decode_mask(e, f"{self.instances_file}: annotation {e['ann_id']} of ref {e['ref_id']}")
         return Record(image, mask, box_of(mask), tuple(e["sentences"]), e["image_id"], e["ref_id"], e["file"])
 
@@ -499,12 +502,19 @@ def decode_mask(entry: dict, where: str) -> np.ndarray:
     try:
         runs = []
         for s in segmentation if isinstance(segmentation, list) else [segmentation]:  # parts of one object
+            # pycocotools trusts its input: what is out of bounds would be read from anywhere in memory
             if isinstance(s, list):
+                if len(s) % 2 or not all(-2 * (h + w) < float(v) < 3 * (h + w) for v in s):
+                    raise ValueError("a polygon is no list of x, y near the photograph")
                 if len(s) >= 6:  # fewer than three points have no area
                     runs += coco.frPyObjects([s], h, w)
             elif isinstance(s["counts"], list):
+                if list(s["size"]) != [h, w] or min(s["counts"], default=-1) < 0 or sum(s["counts"]) != h * w:
+                    raise ValueError(f"its runs do not add up to the photograph's {[h, w]}")
                 runs.append(coco.frPyObjects(s, h, w))
             else:
+                if rle_pixels(s["counts"]) != h * w:
+                    raise ValueError(f"its runs do not add up to the photograph's {[h, w]}")
                 runs.append(dict(size=s["size"], counts=s["counts"].encode()))
         if any(list(r["size"]) != [h, w] for r in runs):
             raise ValueError(f"its size is {runs[0]['size']}, the photograph's {[h, w]}")
@@ -514,6 +524,31 @@ def decode_mask(entry: dict, where: str) -> np.ndarray:
     if not mask.any():
         raise UserError(f"{where}: its mask has no pixel; remove the object or mend its segmentation.")
     return mask
+
+
+def rle_pixels(text: str) -> int:
+    """How many pixels COCO's compressed RLE covers. Raises ValueError for what is none.
+
+    Each run is groups of five bits plus a continuation bit, offset by 48; from the fourth on, a difference to the run
+    before the last.
+    """
+    counts, position = [], 0
+    while position < len(text):
+        value, shift, more = 0, 0, True
+        while more:
+            if position >= len(text):
+                raise ValueError("its run lengths are cut off")
+            code = ord(text[position]) - 48
+            if not 0 <= code < 64:
+                raise ValueError("its run lengths hold other characters than COCO's")
+            value |= (code & 31) << shift
+            more, position, shift = bool(code & 32), position + 1, shift + 5
+            if not more and code & 16:
+                value |= -1 << shift
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+        if counts[-1] < 0:
+            raise ValueError("a run length is negative")
+    return sum(counts)
 
 
 class PlainUnpickler(pickle.Unpickler):

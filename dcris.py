@@ -145,26 +145,39 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
     dino = BACKBONES[backbone]["dino"]
     depth, text_depth, text_width = dino["num_hidden_layers"], *((4, 64) if backbone == "tiny" else (12, 512))
     check_config(
-        c, visual_layers=(set(c.visual_layers) <= set(range(depth)), f"blocks from 0 to {depth - 1}"),
+        c, tune=(c.tune == "method" or not (c.visual_layers or c.text_layers), "method, since layers have adapters"),
+        visual_layers=(set(c.visual_layers) <= set(range(depth)), f"blocks from 0 to {depth - 1}"),
         text_layers=(set(c.text_layers) <= set(range(text_depth)), f"blocks from 0 to {text_depth - 1}"),
         image_size=(c.image_size % dino["patch_size"] == 0, f"a multiple of the patch size, {dino['patch_size']}"),
         words=(3 <= c.words <= 77, "3 to 77 tokens, what CLIP's text tower reads"),
         visual_dim=(c.visual_dim % 16 == 0, "a multiple of 16 (Eq. 1)"),
         text_dim=(c.text_adapter == "plain" or c.text_dim % 16 == 0, "a multiple of 16 (Eq. 1)"),
-        cross_heads=(c.cross_dim % c.cross_heads == 0, f"a divisor of cross_dim, {c.cross_dim}"),
+        cross_heads=(lambda: c.cross_dim % c.cross_heads == 0, f"a divisor of cross_dim, {c.cross_dim}"),
         head_dim=(c.head_dim == text_width, f"{text_width}, the width of the words, which are the decoder's keys"),
-        head_heads=(c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
+        head_heads=(lambda: c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
         taps=(len(c.taps) == 2 and 1 <= c.taps[0] < c.taps[1] < depth, f"two rising numbers, 1 to {depth - 1}"))
     return c
 
 
 def printed(c: Config) -> dict[str, float | str]:
     """What the paper prints of the sizes of this configuration."""
-    if c.variant == "dcris" and c.backbone == "dinov2-base":
-        return dict(method=dict(params_adapter="2.69M", adapter_percent_of_backbone=1.79, source="Table 5"),
-                    frozen=dict(params_adapter="0.00M", source="Table 2"),
+    if (c.variant, c.backbone) == ("dcris", "dinov2-large") and c == config("dinov2-large"):
+        return dict(adapter_percent_of_backbone=0.9, source="abstract")
+    if (c.variant, c.backbone) != ("dcris", "dinov2-base"):
+        return {}
+    if c.tune != "method":
+        return dict(frozen=dict(params_adapter="0.00M", source="Table 2"),
                     full=dict(params_backbone="149.97M", source="Table 2"))[c.tune]
-    return dict(adapter_percent_of_backbone=0.9, source="abstract") if c.backbone == "dinov2-large" else {}
+    table_5 = {1: (0.45, 0.30), 2: (0.90, 0.60), 3: (1.35, 0.90), 4: (1.80, 1.20), 5: (2.25, 1.50), 6: (2.69, 1.79),
+               7: (3.14, 2.09), 8: (3.59, 2.39), 12: (5.39, 3.59)}
+    table_4 = {(64, 64): 1.91, (128, 64): 2.69, (128, 128): 3.09, (256, 128): 4.83}
+    n, dims = len(c.visual_layers), (c.visual_dim, c.text_dim)
+    if dims == (128, 64) and c.visual_layers == c.text_layers and n in table_5:
+        millions, percent = table_5[n]
+        return dict(params_adapter=f"{millions:.2f}M", adapter_percent_of_backbone=percent, source="Table 5")
+    if c.visual_layers == c.text_layers == Config.visual_layers and dims in table_4:
+        return dict(params_adapter=f"{table_4[dims]}M", source="Table 4")
+    return {}
 
 
 # Adapters (Sec. 3.3)

@@ -43,6 +43,8 @@ def load_run(ckpt: str, weights: str | None, process: Process) -> tuple[torch.nn
         raise UserError(f"{ckpt}: method {info['method']!r} is none of {', '.join(METHODS)}.")
     method = load_method(info["method"])
     c = common.config_from_json(method.Config, info["config"], ckpt)
+    if c.backbone not in method.BACKBONES or c.variant not in method.VARIANTS or c.tune not in method.TUNES:
+        raise UserError(f"{ckpt}: its backbone {c.backbone}, variant {c.variant} or tune {c.tune} is unknown here.")
     # with trained towers the checkpoint holds everything
     model = common.build(method, c, (weights or info["weights"]) if info["frozen"] else "random", info["seed"])
     common.load_trained(model, state, ckpt)

@@ -59,7 +59,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
     p.add_argument("--workers", type=int, help="processes that read data, for each process that trains")
     p.add_argument("--log-every", type=int, default=50, help="steps")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
-    known, _ = p.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
+    words = sys.argv[1:] if argv is None else argv
+    if "--method" not in " ".join(words):
+        p.parse_args(words)  # --help, or the error that there is no method
+    known, _ = p.parse_known_args([a for a in words if a not in ("-h", "--help")])
     method = load_method(known.method)
     common.add_config_flags(p, method.Config)
     args = p.parse_args(argv)
@@ -74,8 +77,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
             p.error(f"--{name} {getattr(args, name)}: {args.method} has {', '.join(names)}")
     if args.workers is None:
         args.workers = max(1, min(4, (os.cpu_count() or 1) - 1))
-    if args.accumulate < 1 or args.log_every < 1 or args.workers < 0 or args.seed < 0:
-        p.error("--accumulate and --log-every must be positive, --workers and --seed not negative")
+    if args.accumulate < 1 or args.log_every < 1 or args.workers < 0 or not 0 <= args.seed < 2**31:
+        p.error("--accumulate and --log-every must be positive, --workers not negative, --seed 0 to 2147483647")
     c = method.config(args.backbone, args.variant, args.dataset, tune=args.tune,
                       **common.config_flags(args, method.Config))
     return args, c
@@ -128,15 +131,32 @@ def open_run(args: argparse.Namespace, settings: dict) -> Path:
     elif not config.exists() or not (out / "resume.pt").exists():
         raise UserError(f"--resume: {out} holds no run that was saved; leave --resume away to start one.")
     else:
-        before = json.loads(config.read_text())
+        names = "dataset", "weights", "seed", "val_split"
+        try:
+            before = json.loads(config.read_text())
+            was = before["config"] | {k: before[k] for k in names}
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"--resume: {config} cannot be read ({e!r}).") from None
         same = json.loads(json.dumps(settings))
-        fixed = {k: v for k, v in same["config"].items()} | {k: same[k] for k in ("dataset", "weights", "seed")}
-        was = before["config"] | {k: before[k] for k in ("dataset", "weights", "seed")}
+        fixed = same["config"] | {k: same[k] for k in names}
         changed = [k for k in fixed if fixed[k] != was.get(k)]
         if changed:
             raise UserError(f"--resume: {out} was started with {changed[0]} = {was.get(changed[0])}, not "
                             f"{fixed[changed[0]]}; give the same flags, or start another run with another --out.")
     return out
+
+
+def keep_log(path: Path, last: int) -> None:
+    """Leaves the lines up to a step. The last line may be half a line, or the file not begun."""
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= last:
+                lines.append(line + "\n")
+        except ValueError:
+            break
+    with common.writing(path) as temporary:
+        temporary.write_text("".join(lines))
 
 
 def load_resume(path: Path, process: Process) -> dict:
@@ -176,12 +196,17 @@ def main(argv: list[str] | None = None) -> int:
                         f"{args.accumulate} parts each; a multiple of {args.accumulate * process.world} can.")
     steps = c.steps or c.epochs * per_epoch
     val_every = c.val_every or per_epoch
+    val_workers = 0 if args.dataset in data.SHAPE_SETS else args.workers  # drawing shapes is faster than starting one
 
     # model
+    amp = args.amp if args.amp != "auto" else "off" if device.type == "cpu" else (
+        "bf16" if torch.cuda.is_bf16_supported() else "fp16")
     model = common.build(method, c, args.weights, args.seed).to(device)
     frozen = common.fingerprint(model)
     info = dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, frozen=frozen, seed=args.seed,
-                dataset=args.dataset, data_root=args.data_root, versions=common.versions())
+                dataset=args.dataset, data_root=args.data_root, val_split=args.val_split, amp=amp,
+                accumulate=args.accumulate, workers=args.workers, processes=process.world, device=str(device),
+                versions=common.versions())
     out = process.first_alone(lambda: open_run(args, info))
     towers = {id(p) for m in model.parts()["backbone"] for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -189,8 +214,6 @@ def main(argv: list[str] | None = None) -> int:
               dict(params=[p for p in trained if id(p) in towers], base=c.lr * c.tower_lr)]
     adam = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
     optimizer = adam([g for g in groups if g["params"]], lr=c.lr, weight_decay=c.weight_decay, fused=True)
-    amp = args.amp if args.amp != "auto" else "off" if device.type == "cpu" else (
-        "bf16" if torch.cuda.is_bf16_supported() else "fp16")
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, enabled=amp != "off")
 
@@ -212,9 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         first, best, seconds, interval = (saved[k] for k in ("step", "best", "seconds", "interval"))
         process.say(f"resumed at step {first}")
         if process.rank == 0:  # lines after the saved step will come again
-            lines = [s for s in (out / "log.jsonl").read_text().splitlines() if json.loads(s)["step"] <= first]
-            with common.writing(out / "log.jsonl") as temporary:
-                temporary.write_text("".join(s + "\n" for s in lines))
+            keep_log(out / "log.jsonl", first)
 
     net = model
     if process.world > 1:
@@ -301,8 +322,11 @@ def main(argv: list[str] | None = None) -> int:
                 else process.say(line)
             interval, since, done = [], now, step
         if step % val_every == 0 or step == steps:
+            if process.world > 1:  # without SyncBatchNorm (gloo) each process has statistics of its own
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
             # a trial of a few steps is not worth a long validation: no more sentences than the run learns from
-            val = evaluate_split(model, val_source, process, c.batch_size, most=steps * c.batch_size)
+            val = evaluate_split(model, val_source, process, c.batch_size, val_workers, most=steps * c.batch_size)
             log(step=step, epoch=round(step / per_epoch, 3), val=val)
             if not bar.disable:
                 bar.clear()
@@ -311,7 +335,8 @@ def main(argv: list[str] | None = None) -> int:
                 best = val["mIoU"]
                 save_best()
                 if process.rank == 0:
-                    common.write_json(out / "metrics.json", dict(step=step, split=args.val_split, dataset=args.dataset, **val))
+                    about = dict(step=step, dataset=args.dataset, split=args.val_split)
+                    common.write_json(out / "metrics.json", about | val)
             save_resume()
             since, done = time.perf_counter(), step
         if stopped:

@@ -148,7 +148,7 @@ def test_the_same_command_twice_and_any_number_of_workers(tmp_path):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("flags", [["--log-every", "3"],
+@pytest.mark.parametrize("flags", [["--log-every", "6", "--val-every", "6"],
                                    ["--tune", "method", "--cross-dropout", "0.1", "--decoder-dropout", "0.1"]])
 def test_resuming_gives_the_numbers_of_an_unbroken_run(tmp_path, flags, monkeypatch):
     train.main([*SMALL, *flags, "--out", str(tmp_path / "whole")])
@@ -162,6 +162,9 @@ def test_resuming_gives_the_numbers_of_an_unbroken_run(tmp_path, flags, monkeypa
     monkeypatch.setattr(train, "learning_rate", lambda *a: calls.append(1) or rate(*a))
     assert train.main([*SMALL, *flags, "--out", str(tmp_path / "cut")]) == 128 + signal.SIGTERM
     assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["step"] == 4
+    if "--tune" in flags:
+        with open(tmp_path / "cut" / "log.jsonl", "a") as f:
+            f.write('{"step": 4, "lo')  # the power failed
     assert train.main([*SMALL, *flags, "--out", str(tmp_path / "cut"), "--resume"]) == 0
     assert log_of(tmp_path / "cut") == log_of(tmp_path / "whole")
     for name in "model.safetensors",:
@@ -171,6 +174,15 @@ def test_resuming_gives_the_numbers_of_an_unbroken_run(tmp_path, flags, monkeypa
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
+def test_help_without_a_method(capsys):
+    with pytest.raises(SystemExit) as e:
+        train.main(["--help"])
+    assert e.value.code == 0 and "--resume" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        train.main(["--method", "dcris", "--help"])
+    assert e.value.code == 0 and "--visual-layers" in capsys.readouterr().out
+
+
 def test_runs_are_not_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -178,10 +190,14 @@ def test_runs_are_not_written_over(tmp_path, monkeypatch):
     assert sorted(os.listdir("runs")) == ["dcris-shapes", "dcris-shapes-2"]
     with pytest.raises(common.UserError, match="holds a run already"):
         train.main([*SMALL, "--out", "runs/dcris-shapes"])
+    with pytest.raises(common.UserError, match="val_split = val, not train"):
+        train.main([*SMALL, "--steps", "1", "--out", "runs/dcris-shapes", "--resume", "--val-split", "train"])
     with pytest.raises(common.UserError, match="steps = 1, not 6"):
         train.main([*SMALL, "--out", "runs/dcris-shapes", "--resume"])
     with pytest.raises(common.UserError, match="holds no run that was saved"):
         train.main([*SMALL, "--out", "runs/none", "--resume"])
+    with pytest.raises(common.UserError, match="cannot be written"):
+        train.main([*SMALL, "--out", "runs/dcris-shapes/config.json/below"])
     (tmp_path / "runs/dcris-shapes/resume.pt").write_bytes(b"half")
     with pytest.raises(common.UserError, match="resume.pt cannot be read"):
         train.main([*SMALL, "--steps", "1", "--out", "runs/dcris-shapes", "--resume"])

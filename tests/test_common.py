@@ -58,7 +58,7 @@ def test_a_checkpoint_holds_what_was_trained_with_its_buffers(tmp_path):
         "head.0.weight", "head.0.bias", "head.1.weight", "head.1.bias", "head.1.running_mean", "head.1.running_var",
         "head.1.num_batches_tracked"}
     model.head(model.tower(torch.randn(2, 3, 5, 5)))
-    info = dict(method="dcris", config={}, weights="random", seed=0)
+    info = dict(method="dcris", config={}, weights="random", seed=0, frozen="", dataset="shapes", data_root=None)
     common.save_model(tmp_path / "model.safetensors", model, info)
     read, state = common.read_checkpoint(str(tmp_path))
     other = Small()
@@ -102,6 +102,20 @@ def test_nothing_half_written_is_left_behind(tmp_path):
     assert json.loads(target.read_text()) == [1] and os.listdir(tmp_path) == ["file.json"]
     with pytest.raises(UserError, match="cannot be written"):
         common.write_json("/proc/none/file.json", [1])
+    with pytest.raises(UserError, match="cannot be written"):
+        common.write_json(target / "below a file.json", [1])
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    ended = []
+    monkeypatch.setattr(os, "_exit", ended.append)
+    stop = common.StopSignal()
+    stop.received(15, None)
+    stop.received(15, None)
+    assert stop.number == 15 and not ended
+    stop.since -= 3
+    stop.received(2, None)
+    assert ended == [130] and stop.number == 15
 
 
 def test_counting():

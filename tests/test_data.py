@@ -306,9 +306,14 @@ def set_(path, value):
     (set_(("instances", "annotations", 0, "segmentation"), [[5, 5, 5, 5, 5, 5]]), ["annotation 100", "no pixel"]),
     (set_(("instances", "annotations", 0, "segmentation"), []), ["annotation 100"]),
     (set_(("instances", "annotations", 0, "segmentation"), {"counts": [0]}), ["annotation 100", "cannot be read"]),
+    (set_(("instances", "annotations", 0, "segmentation"), {"size": [40, 60], "counts": [5]}), ["do not add up"]),
+    (set_(("instances", "annotations", 0, "segmentation"), {"size": [40, 60], "counts": ""}), ["do not add up"]),
+    (set_(("instances", "annotations", 0, "segmentation"), {"size": [40, 60], "counts": "04"}), ["do not add up"]),
+    (set_(("instances", "annotations", 0, "segmentation"), [[1e9, 1, 5, 1e9, 3, 3]]), ["polygon"]),
+    (set_(("instances", "annotations", 0, "segmentation"), [[float("nan"), 1, 5, 9, 3, 3]]), ["polygon"]),
     (set_(("instances", "annotations", 0, "segmentation"), {"size": [9, 9], "counts": "9"}), ["annotation 100"]),
     (set_(("instances", "images", 0, "file_name"), "../../etc/passwd"), ["instances.json", "not a bare file name"]),
-    (set_(("instances", "images", 0, "file_name"), "none.jpg"), ["none.jpg", "no such picture"]),
+    (set_(("instances", "images", 0, "file_name"), "none.jpg"), ["refcoco/train ref 0", "none.jpg", "no such picture"]),
     (set_(("instances", "images", 0, "width"), 61), ["60 x 40", "61 x 40"]),
     (set_(("instances", "images"), 7), ["instances.json"])])
 def test_bad_records_are_named(tmp_path, change, words):

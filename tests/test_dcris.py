@@ -66,6 +66,15 @@ def test_table_3_and_the_rows_without_adapters():
     assert count(full, trainable=True) == 150_011_649 - 768 - 1 + 22_802_433  # mask token and logit scale: unused
 
 
+def test_the_printed_figures_go_with_their_rows():
+    def row(**flags):
+        return dcris.printed(dcris.config("dinov2-base", **flags))
+    assert row()["params_adapter"] == "2.69M" and row(tune="frozen")["params_adapter"] == "0.00M"
+    assert row(visual_layers=(4, 8, 11), text_layers=(4, 8, 11))["adapter_percent_of_backbone"] == 0.90
+    assert row(visual_dim=64)["params_adapter"] == "1.91M" and row(visual_dim=32) == {}
+    assert row(variant="detris") == {} and dcris.printed(dcris.config("dinov2-large", tune="frozen")) == {}
+
+
 def test_towers_run_as_their_libraries_run_them():
     model = tiny(tune="frozen").eval()
     images, tokens, _ = inputs(model)
@@ -240,7 +249,9 @@ def test_detris_differs_from_dcris_where_it_says():
 @pytest.mark.parametrize("flags, word", [
     (dict(visual_layers=(1, 99)), "visual-layers"), (dict(image_size=65), "image-size"), (dict(words=99), "words"),
     (dict(visual_dim=40), "visual-dim"), (dict(taps=(3, 2)), "taps"), (dict(text_adapter="x"), "text-adapter"),
-    (dict(batch_size=0), "batch-size"), (dict(threshold=1.5), "threshold"), (dict(optimizer="sgd"), "optimizer")])
+    (dict(batch_size=0), "batch-size"), (dict(threshold=1.5), "threshold"), (dict(optimizer="sgd"), "optimizer"), (dict(cross_heads=0), "cross-heads"),
+    (dict(head_heads=0), "head-heads"), (dict(cross_dropout=2.0), "cross-dropout"), (dict(decoder_ffn=0), "decoder-ffn"),
+    (dict(tune="frozen", visual_layers=(1,)), "tune")])
 def test_impossible_settings_are_named(flags, word):
     with pytest.raises(UserError, match=word):
         dcris.config("tiny", **flags)
