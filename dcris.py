@@ -145,8 +145,7 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
     dino = BACKBONES[backbone]["dino"]
     depth, text_depth, text_width = dino["num_hidden_layers"], *((4, 64) if backbone == "tiny" else (12, 512))
     check_config(
-        c, tune=(c.tune == "method" or not (c.visual_layers or c.text_layers), "method, since layers have adapters"),
-        visual_layers=(set(c.visual_layers) <= set(range(depth)), f"blocks from 0 to {depth - 1}"),
+        c, visual_layers=(set(c.visual_layers) <= set(range(depth)), f"blocks from 0 to {depth - 1}"),
         text_layers=(set(c.text_layers) <= set(range(text_depth)), f"blocks from 0 to {text_depth - 1}"),
         image_size=(c.image_size % dino["patch_size"] == 0, f"a multiple of the patch size, {dino['patch_size']}"),
         words=(3 <= c.words <= 77, "3 to 77 tokens, what CLIP's text tower reads"),
@@ -155,7 +154,8 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
         cross_heads=(lambda: c.cross_dim % c.cross_heads == 0, f"a divisor of cross_dim, {c.cross_dim}"),
         head_dim=(c.head_dim == text_width, f"{text_width}, the width of the words, which are the decoder's keys"),
         head_heads=(lambda: c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
-        taps=(len(c.taps) == 2 and 1 <= c.taps[0] < c.taps[1] < depth, f"two rising numbers, 1 to {depth - 1}"))
+        taps=(len(c.taps) == 2 and 1 <= c.taps[0] < c.taps[1] < depth, f"two rising numbers, 1 to {depth - 1}"),
+        tune=(c.tune == "method" or not c.visual_layers + c.text_layers, "method, where layers are given adapters"))
     return c
 
 
