@@ -140,6 +140,7 @@ def dinov2_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
            ("attention.attention.value", "attention.v_proj"), ("attention.output.dense", "attention.o_proj")]
     top = {"cls_token": "cls_token", "mask_token": "mask_token", "register_tokens": "register_tokens",
            "pos_embed": "position_embeddings"}
+    before_5 = "encoder.layer.0.attention.q_proj.weight" not in model.state_dict()  # transformers had the old names
     out = {}
     for k, v in state.items():
         k = k.removeprefix("dinov2_with_registers.")
@@ -147,9 +148,8 @@ def dinov2_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
         k = "layernorm" + k.removeprefix("norm") if k.startswith("norm.") else k
         for a, b in renames + old:
             k = k.replace(a, b)
-        if "encoder.layer.0.attention.q_proj.weight" not in model.state_dict():  # transformers before 5
-            for a, b in old:
-                k = k.replace(b, a)
+        for a, b in old if before_5 else ():
+            k = k.replace(b, a)
         out[k] = v.float()
     return out
 
@@ -255,7 +255,7 @@ def check_config(c, **rules: tuple) -> None:
 
 
 def config_from_json(config_class: type, values: dict, where: str):
-    """Config from what to_json wrote. Raises UserError for fields this version does not know."""
+    """Config from its fields as JSON keeps them. Raises UserError for fields this version does not know."""
     unknown = values.keys() - {f.name for f in fields(config_class)}
     if unknown:
         raise UserError(f"{where} has settings that this version lacks: {', '.join(sorted(unknown))}.")
@@ -405,7 +405,7 @@ def write_json(path: str | Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
+def trained_names(model: nn.Module) -> set[str]:
     """What training changes: trainable parameters, and the buffers of the modules that own them (BatchNorm)."""
     names = set()
     for prefix, m in model.named_modules():
@@ -413,6 +413,12 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
         if own:
             own += [n for n, _ in m.named_buffers(recurse=False)]
         names |= {f"{prefix}.{n}" if prefix else n for n in own}
+    return names & model.state_dict().keys()  # some buffers are not kept
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors under trained_names, on the CPU."""
+    names = trained_names(model)
     return {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items() if k in names}
 
 
@@ -421,7 +427,7 @@ def fingerprint(model: nn.Module) -> str:
     so that the checkpoint holds them."""
     if any(p.requires_grad for m in model.parts()["backbone"] for p in m.parameters()):
         return ""
-    digest, trained = hashlib.sha256(), trained_state(model).keys()
+    digest, trained = hashlib.sha256(), trained_names(model)
     for k, v in sorted(model.state_dict().items()):
         if k not in trained:
             digest.update(k.encode() + v.detach().cpu().contiguous().numpy().tobytes())
@@ -443,13 +449,13 @@ def checkpoint_file(path: str) -> Path:
     return file
 
 
-def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
-    """(info, state) of a checkpoint of ours. Raises UserError for anything else."""
+def read_checkpoint(path: str, tensors: bool = True) -> tuple[dict, dict[str, Tensor]]:
+    """(info, state) of a checkpoint of ours, the state empty without `tensors`. Raises UserError for anything else."""
     file = checkpoint_file(path)
     try:
         with safe_open(file, "pt") as f:
             info = json.loads((f.metadata() or {}).get("refpapers", "null"))
-            state = {k: f.get_tensor(k) for k in f.keys()}
+            state = {k: f.get_tensor(k) for k in f.keys()} if tensors else {}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{file} is not a whole safetensors file: {str(e)[:200]}") from None
     needed = {"method", "config", "weights", "seed", "frozen", "dataset", "data_root"}
@@ -460,7 +466,8 @@ def read_checkpoint(path: str) -> tuple[dict, dict[str, Tensor]]:
 
 def load_trained(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Puts a checkpoint's tensors back; every one that this model trains must be there, and no other."""
-    own = trained_state(model)
+    every, names = model.state_dict(), trained_names(model)
+    own = {k: every[k] for k in names}
     odd = [k for k in own.keys() ^ state.keys()] + [k for k in own.keys() & state.keys()
                                                     if own[k].shape != state[k].shape]
     if odd:

@@ -17,6 +17,7 @@ import json
 import os
 import pickle
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +29,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import Preprocess, UserError
+from common import Preprocess, UserError, writing
 
 REFER_FILES = {  # data set -> folder, refs file, splits
     "refcoco": ("refcoco", "refs(unc).p", ("train", "val", "testA", "testB")),
@@ -588,13 +589,9 @@ def build_index(name: str, refs_file: Path, instances_file: Path) -> list[dict]:
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours to trust: it is made anew
     entries = index_entries(refs_file, instances_file)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = cache.with_name(f".{cache.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(dict(stamp=stamp, entries=entries)))
-        os.replace(temporary, cache)
-    except OSError:
-        pass  # a cache that cannot be written costs seconds, nothing else
+    with suppress(UserError):  # a cache that cannot be written costs seconds, nothing else
+        with writing(cache) as temporary:
+            temporary.write_text(json.dumps(dict(stamp=stamp, entries=entries)))
     return entries
 
 

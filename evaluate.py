@@ -126,9 +126,8 @@ def measure(args: argparse.Namespace, process: Process) -> None:
     splits = [args.split]
     if args.split == "all":
         splits = [s for s in data.SPLITS.get(name, ("val",)) if s != "train"]
-    rows = []
-    for split in splits:
-        source = data.open_dataset(name, split, root, info["seed"])
+    rows, sources = [], [data.open_dataset(name, split, root, info["seed"]) for split in splits]
+    for split, source in zip(splits, sources):
         about = dict(method=info["method"], backbone=info["config"]["backbone"], dataset=name, split=split)
         if args.shuffle_text:
             about["text"] = "shuffled"
@@ -138,7 +137,7 @@ def measure(args: argparse.Namespace, process: Process) -> None:
             print_table(rows)
         write_result(args.json, rows if args.split == "all" else rows[0])
         if args.draw:
-            draw_examples(args.draw, model, data.open_dataset(name, splits[0], root, info["seed"]), args.draw_count)
+            draw_examples(args.draw, model, sources[0], args.draw_count)
 
 
 @torch.no_grad()
@@ -172,8 +171,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     threshold = model.c.threshold if args.threshold is None else args.threshold
     probability = data.from_canvas(logits, image.shape[:2], model.preprocess).sigmoid().numpy()
     mask = predicted_mask(logits, image.shape[:2], model, threshold).numpy()
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    box = [int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1] if mask.any() else None
+    box = [int(v) for v in data.box_of(mask)] if mask.any() else None
     out = Path(args.out or Path(args.image).stem + "_" + info["method"] + ".png")
     mask_out = Path(args.mask or out.with_name(out.stem + "_mask.png"))
     with common.writing(out) as temporary:
@@ -274,7 +272,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    backbone = common.read_checkpoint(args.ckpt)[0]["config"].get("backbone") if args.ckpt else args.backbone
+    backbone = common.read_checkpoint(args.ckpt, tensors=False)[0]["config"].get("backbone") if args.ckpt else args.backbone
     process = common.start(tiny=backbone == "tiny", device=args.device)
     if args.efficiency:
         show_efficiency(args, process)

@@ -159,7 +159,7 @@ def keep_log(path: Path, last: int) -> None:
         temporary.write_text("".join(lines))
 
 
-def load_resume(path: Path, process: Process) -> dict:
+def load_resume(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a broken file fails in many ways
@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     # resume
     first, best, seconds, interval = 0, -1.0, 0.0, []
     if args.resume:
-        saved = load_resume(out / "resume.pt", process)
+        saved = load_resume(out / "resume.pt")
         if saved["frozen"] != frozen:
             raise UserError(f"--resume: the frozen towers are not the ones that {out} was started with.")
         common.load_trained(model, saved["model"], str(out / "resume.pt"))
