@@ -127,6 +127,12 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], path: str, what: s
     module.load_state_dict(state)
 
 
+def clip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CLIP's weights in fp32, without the notes that OpenAI's archives keep among them."""
+    notes = "input_resolution", "context_length", "vocab_size"
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items() if k not in notes}
+
+
 def dinov2_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """DINOv2's weights under Meta's names, or older or newer transformers' ones, with the names that `model` has."""
     if "blocks.0.attn.qkv.weight" in state:  # Meta's file: query, key and value in one matrix
@@ -423,9 +429,10 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over everything that is not trained: which frozen towers a checkpoint belongs to. "" if they are trained,
-    so that the checkpoint holds them."""
-    if any(p.requires_grad for m in model.parts()["backbone"] for p in m.parameters()):
+    """sha256 over everything that is not trained: which frozen towers a checkpoint belongs to. "" if they are trained
+    (but for what nothing reads, or if not only positions are), so that the checkpoint holds them."""
+    towers = model.parts()["backbone"]
+    if 2 * count(towers, trainable=True) > count(towers):
         return ""
     digest, trained = hashlib.sha256(), trained_names(model)
     for k, v in sorted(model.state_dict().items()):
@@ -484,9 +491,13 @@ def load_towers(model: nn.Module, run: str, method: str) -> None:
     towers = model.parts()["backbone"]
     prefixes = tuple(n + "." for n, m in model.named_modules() if any(m is t for t in towers))
     state = {k: v for k, v in state.items() if k.startswith(prefixes)}
-    if not state:
+    if not state or info["frozen"]:
         raise UserError(f"--weights {run}: that run trained no towers (it was --tune {info['config']['tune']}); "
                         "give its own --weights, or a run with --tune full.")
+    own = model.state_dict()
+    odd = sorted(k for k, v in state.items() if k not in own or own[k].shape != v.shape)
+    if odd:
+        raise UserError(f"--weights {run}: its towers do not fit these settings: {odd[0]}, {tuple(state[odd[0]].shape)}.")
     model.load_state_dict(state, strict=False)
 
 

@@ -46,8 +46,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from common import (Preprocess, UserError, check_config, clip_tokens, dice_loss, dinov2_state, fetch, load_exactly,
-                    read_weights, sine_1d, sine_2d)
+from common import (Preprocess, UserError, check_config, clip_state, clip_tokens, dice_loss, dinov2_state, fetch,
+                    load_exactly, read_weights, sine_1d, sine_2d)
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -110,6 +110,7 @@ class Config:
     batch_size: int = 32                    # of all processes together
     optimizer: Literal["adam", "adamw"] = "adam"
     lr: float = 1e-4
+    adapter_lr: float = 1.0                 # times lr, for the adapters
     tower_lr: float = 1.0                   # times lr, for towers that are trained
     weight_decay: float = 0.0
     schedule: Literal["step", "cosine"] = "step"  # x 0.1 at each milestone (epochs); cosine: to 0 over the run
@@ -518,8 +519,7 @@ def build_towers(backbone: str, weights: str) -> tuple[Dinov2WithRegistersModel,
     for file in files:
         state = read_weights(file)
         if "token_embedding.weight" in state:
-            extra = "visual.", "input_resolution", "context_length", "vocab_size"  # OpenAI's own notes
-            state = {k: v.float() for k, v in state.items() if not k.startswith(extra)}
+            state = {k: v for k, v in clip_state(state).items() if not k.startswith("visual.")}
             load_exactly(text, state, file, "the text half of CLIP ViT-B/16")
             loaded.add("CLIP")
         else:

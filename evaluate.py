@@ -28,7 +28,7 @@ import common
 import data
 from common import Process, UserError
 
-METHODS = ("dcris",)
+METHODS = ("dcris", "etris")
 
 
 def load_method(name: str):
@@ -273,7 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     backbone = common.read_checkpoint(args.ckpt, tensors=False)[0]["config"].get("backbone") if args.ckpt else args.backbone
-    process = common.start(tiny=backbone == "tiny", device=args.device)
+    process = common.start(tiny=str(backbone).startswith("tiny"), device=args.device)
     if args.efficiency:
         show_efficiency(args, process)
     elif args.image:

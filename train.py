@@ -68,8 +68,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
     args = p.parse_args(argv)
     args.backbone = args.backbone or ("tiny" if args.dataset.startswith("shapes") else next(iter(method.BACKBONES)))
     args.variant = args.variant or method.VARIANTS[0]
-    args.weights = args.weights or ("random" if args.backbone == "tiny" else "pretrained")
-    random_tiny = args.backbone == "tiny" and args.weights == "random"
+    args.weights = args.weights or ("random" if args.backbone.startswith("tiny") else "pretrained")
+    random_tiny = args.backbone.startswith("tiny") and args.weights == "random"
     args.tune_said = args.tune is None and random_tiny
     args.tune = args.tune or ("full" if random_tiny else method.TUNES[0])
     for name, names in ("backbone", method.BACKBONES), ("variant", method.VARIANTS), ("tune", method.TUNES):
@@ -180,7 +180,7 @@ def peak_memory(device: torch.device) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     args, c = parse(argv)
-    process = common.start(tiny=args.backbone == "tiny", device=args.device)
+    process = common.start(tiny=args.backbone.startswith("tiny"), device=args.device)
     device, method = process.device, load_method(args.method)
     stop = common.StopSignal()
 
@@ -208,10 +208,10 @@ def main(argv: list[str] | None = None) -> int:
                 accumulate=args.accumulate, workers=args.workers, processes=process.world, device=str(device),
                 versions=common.versions())
     out = process.first_alone(lambda: open_run(args, info))
-    towers = {id(p) for m in model.parts()["backbone"] for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [dict(params=[p for p in trained if id(p) not in towers], base=c.lr),
-              dict(params=[p for p in trained if id(p) in towers], base=c.lr * c.tower_lr)]
+    rates = dict(backbone=c.tower_lr, adapter=c.adapter_lr, head=1.0)
+    groups = [dict(params=[p for m in modules for p in m.parameters() if p.requires_grad], base=c.lr * rates[name])
+              for name, modules in model.parts().items()]
     adam = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
     optimizer = adam([g for g in groups if g["params"]], lr=c.lr, weight_decay=c.weight_decay, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")

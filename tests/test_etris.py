@@ -1,0 +1,545 @@
+"""python -m pytest tests/test_etris.py"""
+
+import copy
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+
+import data
+import etris
+from common import UserError, count, fingerprint, saved_bytes, trained_names, trained_state
+
+SENTENCES = ["the small red circle on the left", "square"]
+TINY = "tiny", "tiny-vit"
+BOTH = [(b, v) for b in TINY for v in etris.VARIANTS]
+
+
+def on_meta(backbone="RN101", variant="etris", **flags):
+    with torch.device("meta"):
+        return etris.ETRIS(etris.config(backbone, variant, **flags))
+
+
+def tiny(backbone="tiny", variant="etris", seed=0, **flags):
+    torch.manual_seed(seed)
+    model = etris.ETRIS(etris.config(backbone, variant, **flags))
+    for name, p in model.clip.named_parameters():
+        if name.endswith("bn3.weight"):  # open_clip starts these at 0, and then a random ResNet's blocks do nothing
+            torch.nn.init.constant_(p, 0.5)
+    return model
+
+
+def inputs(model, n=2, seed=0):
+    g, s = torch.Generator().manual_seed(seed), model.preprocess.size
+    images = torch.randn(n, 3, s, s, generator=g)
+    return images, model.tokenize((SENTENCES * n)[:n]), (torch.rand(n, s, s, generator=g) > 0.7).float()
+
+
+# sizes
+
+
+@pytest.mark.parametrize("backbone, variant, bridger, head, trained, tower", [
+    ("RN101", "etris", 1_942_080, 23_981_569, 25_923_649, 119_688_033),
+    ("RN50", "etris", 1_942_080, 26_735_105, 28_677_185, 102_007_137),
+    ("ViT-B-16", "etris", 1_385_024, 22_408_705, 23_793_729, 149_620_737),
+    ("RN101", "released", 1_942_080, 24_244_225, 26_328_129, 120_737_633),
+    ("RN50", "released", 1_942_080, 26_735_105, 28_819_009, 104_106_337),
+    ("ViT-B-16", "released", 598_592, 22_671_361, 23_829_313, 149_989_377)])
+def test_sizes_of_the_six_models(backbone, variant, bridger, head, trained, tower):
+    model = on_meta(backbone, variant)
+    assert {k: count(v) for k, v in model.parts().items()} == dict(backbone=tower, adapter=bridger, head=head)
+    assert count(model, trainable=True) == trained
+    positions = dict(RN101=141_824, RN50=141_824)  # the public code's, which it does not count
+    assert trained - bridger - head == (positions.get(backbone, 559_360) if variant == "released" else 0)
+    parts = [count(m) for m in (model.neck, model.decoder, model.proj)]
+    if variant == "released":
+        assert parts == {"RN50": [12_867_072, 7_899_136, 5_968_897], "RN101": [11_556_352, 7_899_136, 4_788_737],
+                         "ViT-B-16": [9_983_488, 7_899_136, 4_788_737]}[backbone]
+
+
+def test_table_4():
+    sizes = {(2,): 428_736, (3,): 297_664, (4,): 1_215_168, (2, 3): 726_656, (3, 4): 1_513_088, (2, 3, 4): 1_942_080}
+    assert {s: count(on_meta(bridger_stages=s).parts()["adapter"]) for s in sizes} == sizes
+
+
+def test_table_5():
+    sizes = dict(linear=5_766_641, interpolate=1_450_560, mlp=1_682_633, deconv=1_942_080)
+    assert {z: count(on_meta(zoom=z).parts()["adapter"]) for z in sizes} == sizes
+
+
+def test_table_7():
+    sizes = {8: 223_272, 16: 450_384, 32: 923_040, 64: 1_942_080, 128: 4_275_072}
+    assert {d: count(on_meta(bridger_dim=d).parts()["adapter"]) for d in sizes} == sizes
+
+
+def test_table_2_and_the_head_without_what_is_dead():
+    frozen, full = on_meta(tune="frozen"), on_meta(tune="full", connect=True)
+    assert count(frozen, trainable=True) == 23_981_569 and count(frozen.parts()["adapter"]) == 0
+    assert count(full.parts()["backbone"]) == 120_737_633
+    assert count(full, trainable=True) == 120_737_633 - 1 + 23_981_569  # nothing reads the logit scale
+    assert count(on_meta(neck_fusion="gate").parts()["head"]) == 23_981_569 - 1_575_936
+    assert count(on_meta("RN101", "released", neck_fusion="gate").parts()["head"]) == 24_244_225 - 1_575_936
+
+
+def test_the_printed_figures_go_with_their_rows():
+    def row(backbone="RN101", variant="etris", **flags):
+        return etris.printed(etris.config(backbone, variant, **flags))
+    assert row()["params_adapter"] == "1.94M" and row("ViT-B-16")["params_adapter"] == "1.39M"
+    assert row()["public_code"] == dict(gflops_forward=133.84, saved_mib_per_image=644.6)
+    assert row("RN101", "released") == dict(public_code=row()["public_code"])
+    assert row(bridger_stages=(2, 3))["params_adapter"] == "0.72M" and row(bridger_dim=8)["source"] == "Table 7"
+    assert row(zoom="mlp")["params_adapter"] == "1.68M" and row(tune="full", connect=True)["params_backbone"] == "120.74M"
+    assert row(bridger_dim=24) == {} and row("tiny") == {} and row(connect=True) == {}
+
+
+# the towers
+
+
+@pytest.mark.parametrize("backbone", TINY)
+def test_towers_run_as_open_clip_runs_them(backbone):
+    model = tiny(backbone, tune="frozen").eval()
+    images, tokens, _ = inputs(model)
+    maps, f_t, f_s, pad = model.encode(images, tokens)
+    assert torch.allclose(model.clip.encode_text(F.pad(tokens, (0, 77 - tokens.shape[1]))), f_s, atol=1e-5)
+    assert pad.sum(1).tolist() == [17 - 9, 17 - 3] and f_t.shape == (2, 17, 64)
+    indices = [2, 3, 4] if model.resnet else [1, 2, 3]
+    out = model.clip.visual.forward_intermediates(images, indices=indices)["image_intermediates"]
+    for a, b in zip(maps[:2], out):
+        assert torch.allclose(a, b, atol=1e-5)
+    assert [tuple(m.shape[-2:]) for m in maps] == ([(16, 16), (8, 8), (4, 4)] if model.resnet else [(8, 8)] * 3)
+    if not model.resnet:  # the places' own vectors, projected as CLIP projects its class token
+        top = model.clip.visual.ln_post(out[2].flatten(2).transpose(1, 2)) @ model.clip.visual.proj
+        assert torch.allclose(maps[2].flatten(2).transpose(1, 2), top, atol=1e-5)
+        return
+    pool, x = model.clip.visual.attnpool, out[2].flatten(2).permute(2, 0, 1)
+    x = x + pool.positional_embedding[1:, None]
+    weights = dict(q_proj_weight=pool.q_proj.weight, k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight)
+    y = F.multi_head_attention_forward(
+        x, x, x, x.shape[2], pool.num_heads, None, torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]),
+        None, None, False, 0.0, pool.c_proj.weight, pool.c_proj.bias, use_separate_proj_weight=True, **weights)[0]
+    assert torch.allclose(maps[2].flatten(2).permute(2, 0, 1), y, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone, zoom", [(b, z) for b in TINY for z in ("deconv", "interpolate", "linear", "mlp")])
+def test_zero_init_starts_as_plain_clip(backbone, zoom):
+    plain, bridged = tiny(backbone, tune="frozen").eval(), tiny(backbone, zero_init=True, zoom=zoom).eval()
+    images, tokens, masks = inputs(plain)
+    with torch.no_grad():
+        for a, b in zip(plain.encode(images, tokens), bridged.encode(images, tokens)):
+            assert all(torch.equal(x, y) for x, y in zip(a, b))
+        other = tiny(backbone, zoom=zoom).eval().encode(images, tokens)
+        assert not torch.allclose(other[2], plain.encode(images, tokens)[2], atol=1e-3)  # without it they do differ
+    bridged.loss(bridged(images, tokens), masks).backward()
+    assert all(b.linear2.weight.grad.any() for b in bridged.bridgers.values())  # and it can leave the start
+
+
+@pytest.mark.parametrize("backbone, side", [("tiny", 32), ("tiny-vit", 8)])
+def test_other_sizes_and_shapes_of_picture(backbone, side):
+    model = tiny(backbone).eval()
+    tokens = model.tokenize(SENTENCES[:1])
+    with torch.no_grad():
+        for h, w in (32, 32), (96, 160), (192, 64):
+            out = model(torch.randn(1, 3, h, w), tokens)
+            assert out.shape == ((1, 1, h // 4, w // 4) if backbone == "tiny" else (1, 1, h // 2, w // 2))
+    table = torch.randn(50, 6)
+    assert etris.resized(table, (7, 7)) is table
+    wide = etris.resized(table, (7, 14))
+    assert wide.shape == (1 + 98, 6) and torch.equal(wide[0], table[0])
+    assert torch.allclose(wide[1:].view(7, 14, 6).mean(1), table[1:].view(7, 7, 6).mean(1), atol=0.15)
+    with pytest.raises(UserError, match="image-size"):
+        etris.config(backbone, image_size=48)
+
+
+# what is trained
+
+
+@pytest.mark.parametrize("backbone, variant", BOTH)
+def test_only_bridgers_and_head_learn(backbone, variant):
+    model = tiny(backbone, variant).train()
+    before, frozen = copy.deepcopy(model.state_dict()), fingerprint(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    images, tokens, masks = inputs(model, 4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(model(images, tokens), masks).backward()
+        optimizer.step()
+    positions = {"clip.positional_embedding", "clip.visual.attnpool.positional_embedding" if model.resnet
+                 else "clip.visual.positional_embedding"} if variant == "released" else set()
+    for name, p in model.named_parameters():
+        assert p.requires_grad == (not name.startswith("clip.") or name in positions), name
+        assert (p.grad is not None) == p.requires_grad, name
+    assert fingerprint(model) == frozen != ""
+    after, trained = model.state_dict(), trained_state(model)
+    still = {k for k in before if k.startswith("clip.")} - positions
+    assert any("running_mean" in k for k in still) == model.resnet  # the public code lets these drift
+    assert all(torch.equal(before[k], after[k]) for k in still)
+    assert trained.keys() == before.keys() - still
+    for name, p in model.named_parameters():
+        if name.startswith("neck.fusion") and "in_proj" in name:  # one key: dead queries and keys
+            dead, values = p.grad.split([len(p) // 3 * 2, len(p) // 3])
+            assert dead.abs().max() < 1e-5 * values.abs().max(), name
+        elif p.requires_grad:
+            assert p.grad.any(), name
+    assert not {k for k in trained if torch.equal(before[k], after[k])}
+    if variant == "released":
+        assert model.clip.positional_embedding.grad.any(1).sum() == 17  # padding too: nothing masks it there
+        if model.resnet:
+            assert model.clip.visual.attnpool.positional_embedding.grad.any(1).tolist() == [False] + [True] * 16
+
+
+@pytest.mark.parametrize("backbone", TINY)
+def test_no_graph_below_the_first_bridger(backbone):
+    for stages in (2, 3, 4), (3,):
+        model, seen = tiny(backbone, bridger_stages=stages).train(), {}
+        watched = {f"text {i}": m for i, m in enumerate(model.clip.transformer.resblocks)}
+        watched |= {f"layer{i}": getattr(model.clip.visual, f"layer{i}") for i in range(1, 5)} if model.resnet else \
+            {f"block {i}": m for i, m in enumerate(model.clip.visual.transformer.resblocks)}
+        for name, m in watched.items():
+            m.register_forward_hook(lambda m, x, y, name=name: seen.update({name: y.requires_grad}))
+        images, tokens, _ = inputs(model)
+        model(images, tokens)
+        assert list(seen.values()).count(False) == (4 if stages[0] == 2 else 6) and len(seen) == 8
+        first = 2 if stages[0] == 2 else 3
+        assert seen == {k: int(k[-1]) > (first if "layer" in k else first - 1) for k in seen}
+
+
+def test_bytes_saved_for_backward():
+    sizes = {}
+    for name, flags in dict(frozen=dict(tune="frozen"), late=dict(bridger_stages=(4,)), method={},
+                            full=dict(tune="full")).items():
+        model = tiny("tiny-vit", **flags).train()
+        sizes[name] = saved_bytes(model, *inputs(model))
+    assert sizes["frozen"] < sizes["late"] < sizes["method"] and sizes["frozen"] < sizes["full"]
+    # trained positions need the graph of the whole tower
+    free, trained = (tiny("tiny-vit", "released", train_positions=t).train() for t in (False, True))
+    assert saved_bytes(free, *inputs(free)) < 0.9 * saved_bytes(trained, *inputs(trained))
+
+
+@pytest.mark.parametrize("backbone, flags", [("tiny", {}), ("tiny-vit", {}), ("tiny", dict(connect=True))])
+def test_full_tuning_reaches_every_parameter(backbone, flags):
+    model = tiny(backbone, tune="full", **flags).train()
+    images, tokens, masks = inputs(model)
+    model.loss(model(images, tokens), masks).backward()
+    assert {n for n, p in model.named_parameters() if p.grad is None} == {"clip.logit_scale"}
+    assert not model.clip.logit_scale.requires_grad and fingerprint(model) == ""
+    assert all(m.training for m in model.clip.modules())
+    assert not any(m.training for m in tiny(backbone).train().clip.modules())
+
+
+# the Bridger
+
+
+def attention(sd, name, q, k, heads, pad=None):
+    """Multi-head attention written out, from a state dict."""
+    w, b = sd[name + ".in_proj_weight"].chunk(3), sd[name + ".in_proj_bias"].chunk(3)
+    q, k, v = (x @ w[i].T + b[i] for i, x in enumerate((q, k, k)))
+    n, d = q.shape[1], q.shape[2] // heads
+    out = torch.empty_like(q)
+    for h in range(heads):
+        s = slice(h * d, (h + 1) * d)
+        score = q[..., s] @ k[..., s].transpose(1, 2) / d**0.5
+        if pad is not None:
+            score = score.masked_fill(pad[:, None], -torch.inf)
+        out[..., s] = score.softmax(-1) @ v[..., s]
+    return out @ sd[name + ".out_proj.weight"].T + sd[name + ".out_proj.bias"]
+
+
+def linear(sd, name, x):
+    return x @ sd[name + ".weight"].T + sd[name + ".bias"]
+
+
+def norm(sd, name, x):
+    return F.layer_norm(x, x.shape[-1:], sd[name + ".weight"], sd[name + ".bias"])
+
+
+def independent_bridgers(model, variant, features, words, pad):
+    """Eq. 1 to 5, or the public code, once more: residuals of all three stages for given features."""
+    heads, last, results = model.c.bridger_heads, None, []
+    product = variant == "released" and not model.resnet
+    pad = pad if variant == "etris" else None
+    for i, (f_v, f_t) in enumerate(zip(features, words)):
+        bridger = model.bridgers[str(i + 2)]
+        sd = bridger.state_dict()
+        v = bridger.zoom_in(f_v)
+        grid = v.shape[-2:]
+        v, t = v.flatten(2).transpose(1, 2), linear(sd, "linear1", f_t)
+        if last:
+            v, t = norm(sd, "ln_v", v + last[0]), norm(sd, "ln_t", t + last[1])
+        if product:
+            v2 = v * attention(sd, "ita_v.cross_attn", v, t, heads)
+            t2 = t * attention(sd, "ita_t.cross_attn", t, v, heads)
+        else:
+            v1 = norm(sd, "ita_v.norm1", v + attention(sd, "ita_v.self_attn", v, v, heads))
+            t1 = norm(sd, "ita_t.norm1", t + attention(sd, "ita_t.self_attn", t, t, heads, pad))
+            to_v, to_t = (v1, t1) if variant == "etris" else (v, t)
+            v2 = norm(sd, "ita_v.norm2", v1 + attention(sd, "ita_v.cross_attn", v1, to_t, heads, pad))
+            t2 = norm(sd, "ita_t.norm2", t1 + attention(sd, "ita_t.cross_attn", t1, to_v, heads))
+            v2 = norm(sd, "ita_v.norm3", v2 + linear(sd, "ita_v.ffn.3", linear(sd, "ita_v.ffn.0", v2).relu()))
+            t2 = norm(sd, "ita_t.norm3", t2 + linear(sd, "ita_t.ffn.3", linear(sd, "ita_t.ffn.0", t2).relu()))
+        last = (v2, t2) if variant == "etris" else (v, t)
+        results.append((bridger.zoom_out(v2.transpose(1, 2).reshape(len(v), -1, *grid)), linear(sd, "linear2", t2)))
+    return results
+
+
+@pytest.mark.parametrize("backbone, variant", BOTH)
+def test_bridgers_compute_eq_1_to_5_or_the_public_code(backbone, variant):
+    model = tiny(backbone, variant).eval()
+    for p in model.bridgers.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    shapes = [(128, 8, 8), (256, 4, 4), (512, 2, 2)] if model.resnet else [(64, 4, 4)] * 3
+    g = torch.Generator().manual_seed(1)
+    features = [torch.randn(2, *s, generator=g) for s in shapes]
+    words = [torch.randn(2, 5, 64, generator=g) for _ in range(3)]
+    pad = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    memory, got = None, []
+    with torch.no_grad():
+        for b, f_v, f_t in zip(model.bridgers.values(), features, words):
+            d_v, d_t, memory = b(f_v, f_t, memory, pad if model.c.mask_padding else None)
+            got.append((d_v, d_t))
+        for (v, t), (v_, t_), f_v in zip(got, independent_bridgers(model, variant, features, words, pad), features):
+            assert v.shape == f_v.shape and torch.allclose(v, v_, atol=1e-4) and torch.allclose(t, t_, atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone, variant", BOTH)
+def test_residuals_go_where_eq_3_says(backbone, variant):
+    """Each stage reads its predecessor's output with the residual in it, in both towers, and so does the decoder."""
+    model, seen = tiny(backbone, variant).eval(), {}
+    for i, b in model.bridgers.items():
+        b.register_forward_hook(lambda m, x, y, i=i: seen.update({i: (x[0], x[1], y[0], y[1])}))
+    visual, blocks = model.clip.visual, model.clip.transformer.resblocks
+    images, tokens, _ = inputs(model)
+    with torch.no_grad():
+        maps, f_t, _, _ = model.encode(images, tokens)
+        for i, last in (2, 2), (3, 3):
+            v, t, d_v, d_t = seen[str(i)]
+            assert torch.allclose(maps[i - 2], v + d_v)
+            if model.resnet:
+                assert torch.allclose(getattr(visual, f"layer{i + 1}")(v + d_v), seen[str(i + 1)][0], atol=1e-5)
+            n = tokens.shape[1]
+            after = blocks[last](t + d_t, attn_mask=model.clip.attn_mask[:n, :n])
+            assert torch.allclose(after, seen[str(i + 1)][1], atol=1e-5)
+        v, t, d_v, d_t = seen["4"]
+        assert torch.allclose(f_t, model.clip.ln_final(t + d_t), atol=1e-5)
+        if model.resnet:
+            assert torch.allclose(maps[2], etris.attention_pool(visual.attnpool, v + d_v), atol=1e-5)
+        else:
+            top = visual.ln_post((v + d_v).flatten(2).transpose(1, 2)) @ visual.proj
+            assert torch.allclose(maps[2].flatten(2).transpose(1, 2), top, atol=1e-5)
+
+
+def test_the_class_token_gets_no_residual():
+    model, seen = tiny("tiny-vit").eval(), []
+    model.clip.visual.transformer.resblocks[2].register_forward_pre_hook(lambda m, x: seen.append(x[0][:, 0]))
+    images, tokens, _ = inputs(model)
+    for strength in 0.0, 3.0:
+        torch.nn.init.constant_(model.bridgers["2"].zoom_out[1].weight, strength)
+        model.encode(images, tokens)
+    assert torch.equal(*seen)
+
+
+def test_zoom_layers():
+    x = torch.zeros(1, 3, 8, 8)
+    x[0, :, 2, 5] = 1
+    for kind, kernel, stride, up, side in [("deconv", 2, 2, False, 4), ("deconv", 2, 2, True, 16), ("deconv", 2, 1, True, 8),
+                                           ("interpolate", 2, 2, True, 16), ("linear", 2, 2, False, 4),
+                                           ("mlp", 2, 2, True, 16), ("pointwise", 1, 1, False, 8)]:
+        layer = etris.zoom_layer(kind, 3, 5, kernel, stride, up, 8, side).eval()
+        assert layer(x).shape == (1, 5, side, side), kind
+    # on a ViT a change of one place reaches its neighbours, and zooming out is centred on it again
+    into, out = (etris.zoom_layer("deconv", 3, 3, 2, 1, up, 8, 8) for up in (False, True))
+    reach = out(into(x)).abs().sum((0, 1)).nonzero()
+    assert reach.min(0).values.tolist() == [1, 4] and reach.max(0).values.tolist() == [3, 6]
+
+
+def test_released_pool_adds_the_connecting_branch():
+    model = tiny("tiny", "released").eval()
+    pool, x = model.clip.visual.attnpool, torch.randn(2, 512, 4, 4)
+    with torch.no_grad():
+        y = etris.attention_pool(pool, x)
+        branch = pool.connect
+        delattr(pool, "connect")
+        assert torch.allclose(y, F.relu(etris.attention_pool(pool, x) + branch(x)), atol=1e-6)
+    assert sorted(branch.state_dict()) == ["0.weight"] + [f"1.{n}" for n in ("bias", "num_batches_tracked", "running_mean",
+                                                                            "running_var", "weight")]
+
+
+def test_released_trains_a_table_of_the_inputs_grid():
+    vit, resnet = on_meta("ViT-B-16", "released"), on_meta("RN50", "released")
+    assert vit.clip.visual.positional_embedding.shape == (677, 768)
+    assert {k for k in trained_names(vit) if k.startswith("clip.")} == {"clip.visual.positional_embedding",
+                                                                        "clip.positional_embedding"}
+    assert resnet.clip.visual.attnpool.positional_embedding.shape == (50, 2048)
+
+
+# the head
+
+
+@pytest.mark.parametrize("backbone", TINY)
+def test_the_gate_computes_what_the_single_key_attention_does(backbone):
+    full, gate = tiny(backbone).eval(), tiny(backbone, neck_fusion="gate").eval()
+    state = full.state_dict()
+    for i in range(3):
+        old, new = f"neck.fusion.{i}.", f"neck.fusion.{i}."
+        weight, bias = state.pop(old + "in_proj_weight"), state.pop(old + "in_proj_bias")
+        state[new + "0.weight"], state[new + "0.bias"] = weight[-64:], bias[-64:]
+        state[new + "1.weight"], state[new + "1.bias"] = (state.pop(old + f"out_proj.{n}") for n in ("weight", "bias"))
+    gate.load_state_dict(state)
+    images, tokens, _ = inputs(full)
+    with torch.no_grad():
+        assert torch.allclose(full(images, tokens), gate(images, tokens), atol=1e-4)
+
+
+@pytest.mark.parametrize("backbone", TINY)
+@pytest.mark.parametrize("flags", [
+    dict(hierarchical_alignment=False), dict(global_alignment=False), dict(bridger_stages=()),
+    dict(hierarchical_alignment=False, global_alignment=False), dict(decoder_text="sentence"), dict(zoom="linear"),
+    dict(zoom="mlp"), dict(zoom="interpolate"), dict(bridger_stages=(2, 4)), dict(bridger_stages=(3,))])
+def test_table_6_and_the_other_switches_train_and_predict(backbone, flags):
+    model = tiny(backbone, **flags).train()
+    images, tokens, masks = inputs(model)
+    model.loss(model(images, tokens), masks).backward()
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values())
+    parts = model.parts()
+    assert count(parts["adapter"]) + count(parts["head"]) == sum(p.numel() for p in trained.values())
+    with torch.no_grad():
+        out = model.eval()(images, tokens)
+        assert out.shape == (2, 1, 32, 32)
+        # the sentence matters in every one of them
+        assert not torch.allclose(out, model(images, tokens.flip(0)), atol=1e-4)
+
+
+def test_the_dynamic_kernel_is_a_convolution():
+    proj = etris.Projector(16, 8)
+    proj.vis = torch.nn.Identity()
+    z_c, f_s = torch.randn(3, 8, 5, 7), torch.randn(3, 8)
+    z_t = proj.txt(f_s)
+    expected = torch.cat([F.conv2d(z_c[i:i + 1], z_t[i, :-1].view(1, 8, 3, 3), z_t[i, -1:], padding=1)
+                          for i in range(3)])
+    assert torch.allclose(proj(z_c, f_s), expected, atol=1e-5)
+
+
+def test_loss_is_eq_10_and_11():
+    model = tiny(dice=0.0)
+    logits, masks = torch.randn(2, 1, 4, 4), torch.zeros(2, 8, 8)
+    masks[:, :4, :4] = 1
+    p, inside = logits.sigmoid()[:, 0], masks[:, ::2, ::2] == 1
+    by_hand = -(p[inside].log().sum() + (1 - p[~inside]).log().sum()) / 32
+    assert torch.allclose(model.loss(logits, masks), by_hand, atol=1e-6)
+
+
+# invariances
+
+
+@pytest.mark.parametrize("backbone, variant", BOTH)
+def test_a_batch_of_two_is_two_of_one(backbone, variant):
+    model = tiny(backbone, variant).eval()
+    images, tokens, _ = inputs(model)
+    with torch.no_grad():
+        both = model(images, tokens)
+        one = torch.cat([model(images[i:i + 1], tokens[i:i + 1]) for i in range(2)])
+    assert torch.allclose(both, one, atol=1e-4) and not torch.allclose(both[0], both[1], atol=1e-2)
+
+
+@pytest.mark.parametrize("backbone, variant", BOTH)
+def test_more_padding_changes_nothing_but_in_the_public_model(backbone, variant):
+    short, long = tiny(backbone, variant, words=17).eval(), tiny(backbone, variant, words=30).eval()
+    images, _, _ = inputs(short)
+    with torch.no_grad():
+        a, b = short(images, short.tokenize(SENTENCES)), long(images, long.tokenize(SENTENCES))
+    assert torch.allclose(a, b, atol=1e-4) == (variant == "etris")
+
+
+@pytest.mark.parametrize("backbone", TINY)
+def test_a_wide_photograph_is_the_same_within_a_square_of_mean_colour(backbone):
+    model = tiny(backbone).eval()
+    s = model.preprocess.size
+    photo = np.random.default_rng(0).integers(0, 255, (s // 2, s, 3)).astype(np.uint8)
+    square = np.empty((s, s, 3), np.uint8)
+    square[:] = np.round(255 * np.array(etris.CLIP[0]))
+    square[s // 4:s // 4 * 3] = photo
+    tokens = model.tokenize(SENTENCES[:1])
+    with torch.no_grad():
+        wide, whole = (model(data.to_canvas(p, model.preprocess)[None], tokens)[0, 0] for p in (photo, square))
+    assert torch.allclose(wide, whole, atol=0.02)
+    back = data.from_canvas(wide, (s // 2, s), model.preprocess)
+    assert torch.allclose(back, data.from_canvas(whole, (s, s), model.preprocess)[s // 4:s // 4 * 3], atol=0.02)
+
+
+# settings
+
+
+def test_settings_of_the_paper_and_of_the_public_code():
+    c, v, r = etris.config(), etris.config("ViT-B-16"), etris.config("ViT-B-16", "released")
+    assert (c.image_size, c.words, c.epochs, c.milestones, c.lr, c.batch_size) == (416, 17, 50, (35,), 1e-4, 32)
+    assert (c.adapter_lr, v.adapter_lr, r.adapter_lr, c.bridger_heads, v.bridger_heads) == (1.0, 10.0, 1.0, 4, 8)
+    assert etris.config(dataset="refcocog_umd").words == etris.config(dataset="refcocog_google").words == 22
+    assert etris.ETRIS(etris.config("tiny")).preprocess.mean == (0.48145466, 0.4578275, 0.40821073)
+    tokens = on_meta().tokenize(["The RED car", "dog " * 50])
+    assert tokens.tolist()[0] == [49406, 518, 736, 1615, 49407] + [0] * 12 and tokens[1, -1] == 49407
+
+
+@pytest.mark.parametrize("backbone, flags, word", [
+    ("tiny", dict(bridger_stages=(1,)), "bridger-stages"), ("tiny", dict(image_size=100), "image-size"),
+    ("tiny", dict(words=2), "words"), ("tiny", dict(bridger_heads=5), "bridger-heads"), ("tiny", dict(zoom="x"), "zoom"),
+    ("tiny", dict(bridger_heads=0), "bridger-heads"), ("tiny", dict(zoom="pointwise"), "zoom"),
+    ("tiny-vit", dict(connect=True), "connect"), ("tiny-vit", dict(visual_blocks=(1, 2, 3)), "visual-blocks"),
+    ("tiny", dict(text_blocks=(2, 4)), "text-blocks"), ("tiny", dict(head_dim=32), "head-dim"),
+    ("tiny-vit", dict(zoom="pointwise", zero_init=True), "zero-init"), ("tiny", dict(bridger_dropout=1.0), "dropout"),
+    ("RN50", dict(decoder_text="sentence"), "decoder-text"), ("tiny", dict(tune="full", bridger_stages=(2,)), "tune")])
+def test_impossible_settings_are_named(backbone, flags, word):
+    with pytest.raises(UserError, match=word):
+        etris.config(backbone, **flags)
+
+
+# files in the released layouts, made here with random weights
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backbone", TINY)
+def test_released_files_load_whole_and_wrong_ones_are_named(backbone, tmp_path):
+    torch.manual_seed(5)
+    clip = open_clip.CLIP(**etris.BACKBONES[backbone]["clip"])
+    for t in clip.state_dict().values():
+        if t.is_floating_point():
+            t.normal_(std=0.1)
+
+    class Archive(torch.nn.Module):  # OpenAI publishes half-precision TorchScript archives with three notes inside
+        def __init__(self):
+            super().__init__()
+            for name, m in copy.deepcopy(clip).half().named_children():
+                setattr(self, name, m)
+            for name, p in clip.named_parameters(recurse=False):
+                setattr(self, name, torch.nn.Parameter(p.detach().half()))
+            for name in "input_resolution", "context_length", "vocab_size":
+                self.register_buffer(name, torch.tensor(7))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    torch.jit.trace(Archive(), torch.zeros(1)).save(str(tmp_path / "clip.pt"))
+    save_file({k: v.clone() for k, v in clip.state_dict().items()}, tmp_path / "clip.safetensors")
+    for file, tolerance in ("clip.pt", 1e-3), ("clip.safetensors", 0):
+        model = etris.ETRIS(etris.config(backbone), str(tmp_path / file))
+        for k, v in model.clip.state_dict().items():
+            assert torch.allclose(v, clip.state_dict()[k], atol=tolerance, rtol=tolerance), k
+    state = {k: v.clone() for k, v in clip.state_dict().items() if k != "ln_final.weight"}
+    save_file(state, tmp_path / "short.safetensors")
+    for other, weights, word in [(backbone, "short.safetensors", "1 missing: ln_final.weight"),
+                                 (TINY[backbone == "tiny"], "clip.safetensors", "does not hold CLIP tiny"),
+                                 (backbone, "none.pt", "no such weights file")]:
+        with pytest.raises(UserError, match=word):
+            etris.ETRIS(etris.config(other), str(tmp_path / weights))
+    with pytest.raises(UserError, match="no released weights"):
+        etris.ETRIS(etris.config(backbone), "pretrained")
+
+
+def test_without_a_network_one_sentence_says_what_to_fetch(monkeypatch):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
+    with torch.device("meta"), pytest.raises(UserError, match="hf download timm/resnet101_clip.openai .*random"):
+        etris.ETRIS(etris.config("RN101"), "pretrained")
