@@ -67,7 +67,7 @@ BACKBONES = {
     "ViT-B-16": dict(hub="timm/vit_base_patch16_clip_224.openai",
                      clip=open_clip.get_model_config("ViT-B-16-quickgelu")),
     "tiny": dict(clip=dict(embed_dim=64, quick_gelu=True, text_cfg=TINY_TEXT,
-                           vision_cfg=dict(layers=[1, 1, 1, 1], width=16, head_width=64, image_size=128))),
+                           vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64, image_size=128))),
     "tiny-vit": dict(clip=dict(embed_dim=64, quick_gelu=True, text_cfg=TINY_TEXT,
                                vision_cfg=dict(layers=4, width=64, head_width=32, image_size=64, patch_size=8))),
 }

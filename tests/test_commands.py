@@ -301,3 +301,50 @@ def test_efficiency_prints_the_fields_and_the_paper(tmp_path, capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--efficiency", "--backbone", "resnet"])
     assert "dinov2-base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("backbone", ["tiny", "tiny-vit"])
+def test_etris_from_training_to_a_prediction(tmp_path, backbone):
+    flags = ["--method", "etris", "--backbone", backbone, *SMALL[2:], "--steps", "2", "--val-every", "2"]
+    train.main([*flags, "--out", str(tmp_path / "run")])
+    info, state = common.read_checkpoint(str(tmp_path / "run"))
+    assert info["config"]["tune"] == "full" and info["frozen"] == "" and "clip.ln_final.weight" in state
+    evaluate.main(["--ckpt", str(tmp_path / "run"), "--json", str(tmp_path / "val.json")])
+    assert json.loads((tmp_path / "val.json").read_text())["backbone"] == backbone
+    # towers of one run for another, with Bridgers; the authors' way trains positions too
+    for variant, kept in ("etris", set()), ("released", {"clip.positional_embedding"}):
+        out = tmp_path / variant
+        train.main([*flags, "--dataset", "shapes-shift", "--weights", str(tmp_path / "run"), "--variant", variant,
+                    "--bridger-dropout", "0.1", "--adapter-lr", "0", "--out", str(out)])
+        info, after = common.read_checkpoint(str(out))
+        assert info["config"]["tune"] == "method" and info["frozen"]
+        assert {k for k in after if k.startswith("clip.") and "visual" not in k} == kept
+        process = common.start(device="cpu")
+        (model, _), (again, _) = (evaluate.load_run(str(out), w, process) for w in (None, str(tmp_path / "run")))
+        images = torch.randn(2, 3, model.preprocess.size, model.preprocess.size)
+        tokens = model.tokenize(["red circle", "left"])
+        with torch.no_grad():
+            assert torch.equal(model(images, tokens), again(images, tokens))
+        first = common.build(__import__("etris"), model.c, str(tmp_path / "run"), 0).state_dict()
+        still = {k for k in after if torch.equal(after[k], first[k])}
+        parameters = {k for k, _ in model.named_parameters()}
+        assert still & parameters == {k for k in parameters if k.startswith("bridgers.")}  # their rate was 0
+        with pytest.raises(common.UserError, match="trained no towers"):
+            train.main([*flags, "--weights", str(out), "--out", str(tmp_path / "never")])
+    photo = np.random.default_rng(0).integers(0, 255, (90, 161, 3)).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    evaluate.main(["--ckpt", str(out), "--image", str(tmp_path / "a.png"), "--text", "left", "--threshold", "0.01",
+                   "--out", str(tmp_path / "b.png"), "--json", str(tmp_path / "b.json")])
+    assert np.asarray(Image.open(json.loads((tmp_path / "b.json").read_text())["mask"])).shape == (90, 161)
+
+
+def test_the_towers_of_another_method_or_backbone_are_refused(run, tmp_path):
+    flags = ["--method", "etris", *SMALL[2:]]
+    with pytest.raises(common.UserError, match="holds dcris with tiny, not etris with tiny"):
+        train.main([*flags, "--weights", str(run), "--out", str(tmp_path / "x")])
+    train.main([*flags, "--backbone", "tiny-vit", "--steps", "1", "--out", str(tmp_path / "vit")])
+    with pytest.raises(common.UserError, match="holds etris with tiny-vit, not etris with tiny"):
+        train.main([*flags, "--weights", str(tmp_path / "vit"), "--out", str(tmp_path / "x")])
+    with pytest.raises(common.UserError, match="do not fit these settings: clip.visual.positional_embedding"):
+        train.main([*flags, "--backbone", "tiny-vit", "--variant", "released", "--image-size", "128", "--weights",
+                    str(tmp_path / "vit"), "--out", str(tmp_path / "x")])

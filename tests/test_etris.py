@@ -289,7 +289,7 @@ def test_bridgers_compute_eq_1_to_5_or_the_public_code(backbone, variant):
     model = tiny(backbone, variant).eval()
     for p in model.bridgers.parameters():
         torch.nn.init.normal_(p, std=0.2)
-    shapes = [(128, 8, 8), (256, 4, 4), (512, 2, 2)] if model.resnet else [(64, 4, 4)] * 3
+    shapes = [(64, 8, 8), (128, 4, 4), (256, 2, 2)] if model.resnet else [(64, 4, 4)] * 3
     g = torch.Generator().manual_seed(1)
     features = [torch.randn(2, *s, generator=g) for s in shapes]
     words = [torch.randn(2, 5, 64, generator=g) for _ in range(3)]
@@ -356,7 +356,7 @@ def test_zoom_layers():
 
 def test_released_pool_adds_the_connecting_branch():
     model = tiny("tiny", "released").eval()
-    pool, x = model.clip.visual.attnpool, torch.randn(2, 512, 4, 4)
+    pool, x = model.clip.visual.attnpool, torch.randn(2, 256, 4, 4)
     with torch.no_grad():
         y = etris.attention_pool(pool, x)
         branch = pool.connect
