@@ -429,10 +429,10 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over everything that is not trained: which frozen towers a checkpoint belongs to. "" if they are trained
-    (but for what nothing reads, or if not only positions are), so that the checkpoint holds them."""
-    towers = model.parts()["backbone"]
-    if 2 * count(towers, trainable=True) > count(towers):
+    """sha256 over everything that is not trained: which frozen towers a checkpoint belongs to. "" where most of the
+    towers' tensors are trained (all but some that nothing reads), so that the checkpoint holds them."""
+    trains = [p.requires_grad for m in model.parts()["backbone"] for p in m.parameters()]
+    if 2 * sum(trains) > len(trains):
         return ""
     digest, trained = hashlib.sha256(), trained_names(model)
     for k, v in sorted(model.state_dict().items()):
@@ -497,7 +497,8 @@ def load_towers(model: nn.Module, run: str, method: str) -> None:
     own = model.state_dict()
     odd = sorted(k for k, v in state.items() if k not in own or own[k].shape != v.shape)
     if odd:
-        raise UserError(f"--weights {run}: its towers do not fit these settings: {odd[0]}, {tuple(state[odd[0]].shape)}.")
+        raise UserError(f"--weights {run}: its towers do not fit these settings: {odd[0]} is "
+                        f"{tuple(state[odd[0]].shape)} there.")
     model.load_state_dict(state, strict=False)
 
 

@@ -18,29 +18,30 @@ the sentence, level by level and then as a whole, and convolves the result with 
 
 Deviations (the paper is silent, or contradicts itself or its printed figures; `--variant released` is the authors'
 public model, which differs again):
-  * Sec. 3.1 counts N = 4 stages. CLIP's text tower and ViT end theirs after blocks 4, 8 and 12, as the public code has
-    it; so "the next stage" of Eq. 3 reads f^i, and after the last stage the decoder does.
-  * Eq. 2 prints bare sums; the printed 1.94 M (1,942,080) has a LayerNorm after each, as in the public code.
+  * Sec. 3.1 splits ViT and text tower into N = 4 even parts, whose last three end after blocks 6, 9 and 12; here they
+    end after 4, 8 and 12, as in the public code. The residuals of the last stage (Eq. 3) are read by the decoder.
+  * Eq. 2 prints bare sums; a LayerNorm follows each, as in the public code (512 parameters, 1.94 M either way).
   * Eq. 2 hands on what the last Interactors gave. Released: what they were given (link).
-  * Eq. 5 attends to the other modality after its MHSA. Released: before it, and the ViT has a product in the place of
+  * Eq. 5 attends to the other modality after its MHSA. Released: before it; and beside the ViT, one product stands for
     all of Eq. 5 (interactor). Residuals, norms and an FFN of 128 are not printed; these give the printed sizes.
   * Padding is masked wherever words are keys. Released: in the decoder only (mask_padding). Padding is what follows
     the end token; the public code takes id 0 for it, which is also a "!" within a sentence.
   * The ViT's printed 1.39 M (1,385,024 here) has the ResNet's kernels, 2x2, 1x1 and 2x2. Its maps are of one size, so
     they need no stride: Eq. 4 takes its first case. Released: 0.60 M, 1x1 with BatchNorm and ReLU.
-  * RN50's printed 1.68 M fits no reading: its stages are as wide as RN101's, so its Bridger is 1,942,080 too.
-  * Eq. 6 attends to F_s alone: the softmax over one key is 1, so queries and keys, 1,575,936 parameters, are dead.
-    They are part of the printed 23.98 M; `--neck-fusion gate` computes the same without. F_s is projected first only
-    where it is not 512 wide (RN50), which gives RN101's 23.98 M (23,981,569). Released: always (text_proj).
-    The attention's result multiplies the map, as in the public code.
+  * RN50's stages are as wide as RN101's, so its Bridger has 1,942,080 too, not the printed 1.68 M (`--zoom mlp` would).
+  * Eq. 6 attends to F_s alone: the softmax over one key is 1, so queries and keys, 1,575,936 parameters, are dead;
+    `--neck-fusion gate` computes the same without them. The attention's result multiplies the map, as in the public
+    code, which also projects F_s first (text_proj); without that RN101's head is the printed 23.98 M, dead parameters
+    and all. Table 3 prints it for RN50 (26.74 M here: its F_s, 1024 wide, must be projected) and ViT (22.41 M) too.
   * Eq. 8 attends to F_s with sine positions added, which one vector cannot use: the words, as released (decoder_text).
+    The decoder's norms are not printed: before each part, after both attentions and within the FFN, as released.
   * CLIP's ResNet pools to one vector; here, as in CRIS, every place asks, for a map. Released: plus a random, frozen
-    1x1 convolution (connect), which is in the printed 120.74 M of full tuning.
+    1x1 convolution with BatchNorm (connect), which is in the printed 120.74 M of full tuning.
   * Frozen is frozen: positions too, resized at each forward to the picture's grid, and BatchNorm statistics. Released:
     positions are trained, uncounted (train_positions); that code's drifting statistics are not repeated.
   * Table 6 does not say what stands in for HA: the last level alone, deconvolved.
   * `tiny` (a ResNet) and `tiny-vit` are this project's: small random towers, trained from scratch by AdamW with
-    warm-up, cosine and Dice; their decoder adds positions to the map itself (decoder_position).
+    warm-up, cosine and Dice; their decoder norms the map and adds positions to it (decoder_position).
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ from common import (Preprocess, UserError, check_config, clip_state, clip_tokens
 
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-# Sec. 4.2: CLIP
 TINY_TEXT = dict(context_length=77, vocab_size=4096, width=64, heads=2, layers=4)
+# Sec. 4.2: CLIP
 BACKBONES = {
     "RN101": dict(hub="timm/resnet101_clip.openai", clip=open_clip.get_model_config("RN101-quickgelu")),
     "RN50": dict(hub="timm/resnet50_clip.openai", clip=open_clip.get_model_config("RN50-quickgelu")),
@@ -74,6 +75,7 @@ BACKBONES = {
 VARIANTS = ("etris", "released")
 TUNES = ("method", "frozen", "full")
 STAGES = (2, 3, 4)  # Sec. 3.1: i in {2, ..., N}; a ResNet's layer2 to layer4
+UP = (False, False, True)  # Eq. 4: only the last stage's map is smaller than the common one
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,7 @@ class Config:
     # architecture
     image_size: int = 416                   # Sec. 4.2, pixels; any multiple of 32
     words: int = 17                         # Sec. 4.2, BPE tokens with start and end; 22 for G-Ref
-    visual_blocks: tuple[int, ...] = (4, 8, 12)  # the ends of a ViT's stages, in blocks
-    text_blocks: tuple[int, ...] = (4, 8, 12)
+    blocks: tuple[int, ...] = (4, 8, 12)    # where the stages of the text tower end, and those of a ViT
     bridger_stages: tuple[int, ...] = STAGES  # Table 4
     bridger_dim: int = 64                   # Table 7
     bridger_heads: int = 4
@@ -110,7 +111,7 @@ class Config:
     decoder_layers: int = 3                 # Sec. 4.2
     decoder_ffn: int = 512                  # Sec. 4.2
     decoder_dropout: float = 0.1
-    decoder_position: Literal["attention", "content"] = "attention"  # queries and keys; content: the map itself too
+    decoder_position: Literal["attention", "content"] = "attention"  # queries and keys; content: the normed map too
     threshold: float = 0.35                 # Sec. 4.2, on the sigmoid
     # training (Sec. 4.2)
     epochs: int = 50
@@ -144,27 +145,24 @@ def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refc
         if vit:
             c |= dict(zoom="pointwise", interactor="product")
     if backbone.startswith("tiny"):
-        c |= dict(image_size=vision["image_size"], visual_blocks=(2, 3, 4), text_blocks=(2, 3, 4), bridger_dim=32,
-                  bridger_heads=2, bridger_ffn=64, bridger_dropout=0.0, adapter_lr=1.0, head_dim=64, head_heads=2,
+        c |= dict(image_size=vision["image_size"], blocks=(2, 3, 4), bridger_dim=32, bridger_heads=2,
+                  bridger_ffn=64, bridger_dropout=0.0, adapter_lr=1.0, head_dim=64, head_heads=2,
                   decoder_layers=2, decoder_ffn=128, decoder_dropout=0.0, decoder_position="content", steps=2400,
                   batch_size=16, optimizer="adamw", lr=2e-3, tower_lr=0.5, weight_decay=0.01, schedule="cosine",
                   milestones=(), warmup=50, clip_norm=1.0, dice=1.0, val_every=300)
     if flags.get("tune") in ("frozen", "full"):
-        c |= dict(bridger_stages=())
+        c |= dict(bridger_stages=(), train_positions=False)
     c = Config(**(c | flags))
-
-    def rising(blocks: tuple[int, ...], depth: int) -> bool:
-        return len(blocks) == 3 and 0 < blocks[0] < blocks[1] < blocks[2] == depth
-
-    sentence_width = BACKBONES[backbone]["clip"]["embed_dim"]
+    depth, sentence_width = text["layers"], BACKBONES[backbone]["clip"]["embed_dim"]
     check_config(
         c, image_size=(c.image_size % 32 == 0, "a multiple of 32"),
         words=(3 <= c.words <= 77, "3 to 77 tokens, what CLIP's text tower reads"),
-        visual_blocks=(not vit or rising(c.visual_blocks, vision["layers"]), "three rising numbers up to the depth"),
-        text_blocks=(rising(c.text_blocks, text["layers"]), f"three rising numbers up to {text['layers']}"),
+        blocks=(len(c.blocks) == 3 and 0 < c.blocks[0] < c.blocks[1] < c.blocks[2] == depth,
+                f"three rising numbers up to {depth}, the last block"),
         bridger_stages=(set(c.bridger_stages) <= set(STAGES), "stages from 2 to 4"),
         bridger_heads=(lambda: c.bridger_dim % c.bridger_heads == 0, f"a divisor of bridger_dim, {c.bridger_dim}"),
-        zoom=(vit or c.zoom != "pointwise", "another for a ResNet, whose maps differ in size"),
+        zoom=(c.zoom != ("interpolate" if vit else "pointwise"),
+              f"deconv, linear or mlp, as this backbone's maps are {'all of one size' if vit else 'not of one size'}"),
         zero_init=(not c.zero_init or c.zoom != "pointwise", "off with pointwise: its ReLU over zeros never learns"),
         connect=(not c.connect or not vit, "off for a ViT, which has no attention pool"),
         head_dim=(c.head_dim == text["width"], f"{text['width']}, as wide as the words, the decoder's keys"),
@@ -177,7 +175,7 @@ def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refc
 PRINTED = [  # backbone, flags, what the paper prints; "public code" was measured on the authors' code, on a CPU
     ("RN101", {}, dict(params_adapter="1.94M", params_head="23.98M", source="Table 3",
                        public_code=dict(gflops_forward=133.84, saved_mib_per_image=644.6))),
-    ("RN50", {}, dict(params_adapter="1.68M (fits no reading)", params_head="23.98M", source="Table 3")),
+    ("RN50", {}, dict(params_adapter="1.68M", params_head="23.98M", source="Table 3")),
     ("ViT-B-16", {}, dict(params_adapter="1.39M", params_head="23.98M", source="Table 3",
                           public_code=dict(gflops_forward=197.20, saved_mib_per_image=691.8))),
     ("RN101", dict(tune="frozen"), dict(params_adapter="0.00M", params_head="23.98M", source="Table 2")),
@@ -210,6 +208,7 @@ def resample(c_in: int, c_out: int, stride: int, up: bool) -> nn.Module:
 
 
 def resample_layer(c_in: int, c_out: int, stride: int, up: bool) -> nn.Sequential:
+    """The same with BatchNorm and ReLU."""
     return nn.Sequential(resample(c_in, c_out, stride, up), nn.BatchNorm2d(c_out), nn.ReLU())
 
 
@@ -228,19 +227,18 @@ class SpatialLinear(nn.Module):
         return self.spatial(x.transpose(1, 2)).unflatten(2, (self.side, self.side))
 
 
-def zoom_layer(kind: str, c_in: int, c_out: int, kernel: int, stride: int, up: bool, side_in: int,
-               side_out: int) -> nn.Module:
-    """Eq. 4 and Table 5: (B, c_in, h, w) -> (B, c_out, h', w'), smaller or (up) larger by `stride`."""
+def zoom_layer(kind: str, c_in: int, c_out: int, kernel: int, up: bool, side_in: int, side_out: int) -> nn.Module:
+    """Eq. 4 and Table 5: (B, c_in, h, w) -> (B, c_out, h', w'), smaller or (up) larger by `kernel`, or of one size."""
     if kind in ("linear", "mlp"):
         return SpatialLinear(c_in, c_out, side_in, side_out, hidden=64 if kind == "mlp" else 0)
     if kind == "pointwise":
         return resample_layer(c_in, c_out, 1, up)
-    if stride < kernel:  # on a ViT; zooming out looks the other way, as a deconvolution does
+    if kernel > 1 and side_in == side_out:  # a ViT's; zooming out looks the other way, as a deconvolution does
         pad = nn.ZeroPad2d((1, 0, 1, 0) if up else (0, 1, 0, 1))
         return nn.Sequential(pad, nn.Conv2d(c_in, c_out, kernel, bias=False))
-    if kind == "interpolate" and up and stride > 1:
-        return nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.Upsample(scale_factor=stride, mode="bilinear"))
-    return resample(c_in, c_out, stride, up)
+    if kind == "interpolate" and up and kernel > 1:
+        return nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.Upsample(scale_factor=kernel, mode="bilinear"))
+    return resample(c_in, c_out, kernel, up)
 
 
 class Interactor(nn.Module):
@@ -282,16 +280,15 @@ class Product(nn.Module):
 
 
 class Bridger(nn.Module):
-    """Eq. 1 to 3 of one stage, whose map is `side` places high and `stride` times larger (stage 4: smaller) than the
-    common one, `middle`; `linked`: not the first."""
+    """Eq. 1 to 3 of one stage. `side`: of its map; `middle`: of stage 3's, which all are zoomed to; `linked`: not the
+    first."""
 
-    def __init__(self, c: Config, stage: int, width: int, text_width: int, stride: int, side: int, middle: int,
-                 linked: bool):
+    def __init__(self, c: Config, stage: int, width: int, text_width: int, side: int, middle: int, linked: bool):
         super().__init__()
         d, self.link, self.raw = c.bridger_dim, c.link, c.interactor == "raw"
-        kernel, up = 1 if stage == 3 else 2, stage == 4
-        self.zoom_in = zoom_layer(c.zoom, width, d, kernel, stride, up, side, middle)
-        self.zoom_out = zoom_layer(c.zoom, d, width, kernel, stride, not up, middle, side)
+        kernel, up = 1 if stage == 3 else 2, UP[stage - 2]
+        self.zoom_in = zoom_layer(c.zoom, width, d, kernel, up, side, middle)
+        self.zoom_out = zoom_layer(c.zoom, d, width, kernel, not up, middle, side)
         self.linear1, self.linear2 = nn.Linear(text_width, d), nn.Linear(d, text_width)
         self.ln_v, self.ln_t = (nn.LayerNorm(d), nn.LayerNorm(d)) if linked else (None, None)
         interactor = Product if c.interactor == "product" else Interactor
@@ -308,7 +305,7 @@ class Bridger(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, f_v: Tensor, f_t: Tensor, memory: tuple[Tensor, Tensor] | None, pad: Tensor | None):
-        """f_v: map (B, C, h, w); f_t: words (B, L, C'); memory: places (B, N, d) and words (B, L, d) of the stage before.
+        """f_v: map (B, C, h, w); f_t: words (B, L, C'); memory: places (B, N, d) and words (B, L, d) of the last one.
 
         -> residuals for f_v and f_t, and the memory for the next stage
         """
@@ -354,7 +351,7 @@ class Neck(nn.Module):
         super().__init__()
         dim, self.gate = c.head_dim, c.neck_fusion == "gate"
         self.txt_proj = nn.Linear(text_width, dim) if c.text_proj or text_width != dim else nn.Identity()
-        self.f_proj = nn.ModuleList(resample_layer(w, dim, s, up) for w, s, up in zip(widths, strides, (0, 0, 1)))
+        self.f_proj = nn.ModuleList(resample_layer(w, dim, s, up) for w, s, up in zip(widths, strides, UP))
         self.fusion = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, dim), nn.Linear(dim, dim)) if self.gate else  # values, output: all that lives
             nn.MultiheadAttention(dim, c.head_heads, batch_first=True) for _ in range(3))
@@ -460,8 +457,8 @@ class ETRIS(nn.Module):
             widths, pixels, strides = (visual.conv1.out_channels,) * 3, visual.patch_size[:1] * 3, (1, 1, 1)
         sides = [c.image_size // p for p in pixels]
         self.bridgers = nn.ModuleDict({
-            str(s): Bridger(c, s, width, text_width, stride, side, sides[1], linked=s > min(c.bridger_stages))
-            for s, width, stride, side in zip(STAGES, widths, strides, sides) if s in c.bridger_stages})
+            str(i): Bridger(c, i, width, text_width, side, sides[1], linked=i > min(c.bridger_stages))
+            for i, width, side in zip(STAGES, widths, sides) if i in c.bridger_stages})
         if c.hierarchical_alignment:
             self.neck = Neck(c, (*widths[:2], sentence_width), strides, sentence_width)
         else:
@@ -503,10 +500,10 @@ class ETRIS(nn.Module):
         pad = torch.arange(n, device=end.device) > end[:, None]
         v, grid = self.image_start(images)
         t = clip.token_embedding(tokens) + clip.positional_embedding[:n]  # (B, L, C)
-        maps, memory, first = [], None, 0
-        for i, last in zip(STAGES, self.c.text_blocks):
+        maps, memory = [], None
+        for i in STAGES:
             v = self.image_stage(v, i)
-            for block in clip.transformer.resblocks[first:last]:
+            for block in clip.transformer.resblocks[self.blocks_of(i)]:
                 t = block(t, attn_mask=clip.attn_mask[:n, :n])
             if str(i) in self.bridgers:
                 f_v, f_t, memory = self.bridgers[str(i)](self.as_map(v, grid), t, memory,
@@ -515,7 +512,6 @@ class ETRIS(nn.Module):
                 v = v + (f_v if self.resnet else F.pad(f_v.flatten(2).transpose(1, 2), (0, 0, 1, 0)))  # Eq. 3, line 3
                 t = t + f_t                                      # Eq. 3, line 4
             maps.append(self.as_map(v, grid))
-            first = last
         maps[2] = self.image_end(v, grid)
         f_t = clip.ln_final(t)                                   # (B, L, C)
         f_s = f_t[torch.arange(len(end), device=end.device), end] @ clip.text_projection  # (B, C')
@@ -534,10 +530,14 @@ class ETRIS(nn.Module):
     def image_stage(self, v: Tensor, i: int) -> Tensor:
         if self.resnet:
             return getattr(self.clip.visual, f"layer{i}")(v)
-        ends = (0, *self.c.visual_blocks)
-        for block in self.clip.visual.transformer.resblocks[ends[i - 2]:ends[i - 1]]:
+        for block in self.clip.visual.transformer.resblocks[self.blocks_of(i)]:
             v = block(v)
         return v
+
+    def blocks_of(self, i: int) -> slice:
+        """Of the text tower, or of a ViT, in stage i."""
+        ends = (0, *self.c.blocks)
+        return slice(ends[i - 2], ends[i - 1])
 
     def as_map(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
         return v if self.resnet else v[:, 1:].transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
@@ -552,11 +552,10 @@ class ETRIS(nn.Module):
         """(B, 3, H, W) normalised pictures, (B, L) tokens -> logits (B, 1, H/4, W/4); for a ViT, 4 to a patch side."""
         maps, f_t, f_s, pad = self.encode(images, tokens)
         f_v = self.neck(maps, f_s) if self.c.hierarchical_alignment else self.neck(maps[2])
-        if self.decoder is None:
-            return self.proj(f_v, f_s)
-        if self.c.decoder_text == "words":
-            return self.proj(self.decoder(f_v, f_t, pad), f_s)
-        return self.proj(self.decoder(f_v, f_s[:, None], None), f_s)
+        if self.decoder is not None:
+            words = self.c.decoder_text == "words"
+            f_v = self.decoder(f_v, f_t, pad) if words else self.decoder(f_v, f_s[:, None], None)
+        return self.proj(f_v, f_s)
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Eq. 10 and 11, a mean over pixels at the logits' size; masks: (B, H, W) in 0..1 on the canvas."""

@@ -91,7 +91,8 @@ def test_the_printed_figures_go_with_their_rows():
     assert row()["public_code"] == dict(gflops_forward=133.84, saved_mib_per_image=644.6)
     assert row("RN101", "released") == dict(public_code=row()["public_code"])
     assert row(bridger_stages=(2, 3))["params_adapter"] == "0.72M" and row(bridger_dim=8)["source"] == "Table 7"
-    assert row(zoom="mlp")["params_adapter"] == "1.68M" and row(tune="full", connect=True)["params_backbone"] == "120.74M"
+    assert row(zoom="mlp")["params_adapter"] == "1.68M"
+    assert row(tune="full", connect=True)["params_backbone"] == "120.74M"
     assert row(bridger_dim=24) == {} and row("tiny") == {} and row(connect=True) == {}
 
 
@@ -123,7 +124,10 @@ def test_towers_run_as_open_clip_runs_them(backbone):
     assert torch.allclose(maps[2].flatten(2).permute(2, 0, 1), y, atol=1e-5)
 
 
-@pytest.mark.parametrize("backbone, zoom", [(b, z) for b in TINY for z in ("deconv", "interpolate", "linear", "mlp")])
+ZOOMS = [("tiny", "interpolate")] + [(b, z) for b in TINY for z in ("deconv", "linear", "mlp")]
+
+
+@pytest.mark.parametrize("backbone, zoom", ZOOMS)
 def test_zero_init_starts_as_plain_clip(backbone, zoom):
     plain, bridged = tiny(backbone, tune="frozen").eval(), tiny(backbone, zero_init=True, zoom=zoom).eval()
     images, tokens, masks = inputs(plain)
@@ -133,7 +137,9 @@ def test_zero_init_starts_as_plain_clip(backbone, zoom):
         other = tiny(backbone, zoom=zoom).eval().encode(images, tokens)
         assert not torch.allclose(other[2], plain.encode(images, tokens)[2], atol=1e-3)  # without it they do differ
     bridged.loss(bridged(images, tokens), masks).backward()
-    assert all(b.linear2.weight.grad.any() for b in bridged.bridgers.values())  # and it can leave the start
+    for b in bridged.bridgers.values():  # and it can leave the start
+        zoom_out = [p for p in b.zoom_out.parameters() if p.dim() > 1][-1]
+        assert b.linear2.weight.grad.any() and zoom_out.grad.any()
 
 
 @pytest.mark.parametrize("backbone, side", [("tiny", 32), ("tiny-vit", 8)])
@@ -232,10 +238,10 @@ def test_full_tuning_reaches_every_parameter(backbone, flags):
 # the Bridger
 
 
-def attention(sd, name, q, k, heads, pad=None):
+def attention(sd, name, q, k, heads, pad=None, v=None):
     """Multi-head attention written out, from a state dict."""
     w, b = sd[name + ".in_proj_weight"].chunk(3), sd[name + ".in_proj_bias"].chunk(3)
-    q, k, v = (x @ w[i].T + b[i] for i, x in enumerate((q, k, k)))
+    q, k, v = (x @ w[i].T + b[i] for i, x in enumerate((q, k, k if v is None else v)))
     n, d = q.shape[1], q.shape[2] // heads
     out = torch.empty_like(q)
     for h in range(heads):
@@ -255,15 +261,32 @@ def norm(sd, name, x):
     return F.layer_norm(x, x.shape[-1:], sd[name + ".weight"], sd[name + ".bias"])
 
 
+def batch_norm(sd, name, x):
+    return F.batch_norm(x, *(sd[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")))
+
+
+def zoom(sd, name, x, resnet, variant, up, middle):
+    """The weights of Eq. 4 (by its cases), by hand."""
+    if resnet:
+        weight, stride = sd[name + ".weight"], 1 if middle else 2
+        return (F.conv_transpose2d if up else F.conv2d)(x, weight, stride=stride)
+    if variant == "released":
+        weight = sd[name + ".0.weight"][..., 0, 0]
+        y = torch.einsum("bchw,cd->bdhw" if up else "bchw,dc->bdhw", x, weight)  # a deconvolution's is (in, out)
+        return batch_norm(sd, name + ".1", y).relu()
+    if middle:
+        return (F.conv_transpose2d if up else F.conv2d)(x, sd[name + ".weight"])
+    return F.conv2d(F.pad(x, (1, 0, 1, 0) if up else (0, 1, 0, 1)), sd[name + ".1.weight"])
+
+
 def independent_bridgers(model, variant, features, words, pad):
     """Eq. 1 to 5, or the public code, once more: residuals of all three stages for given features."""
     heads, last, results = model.c.bridger_heads, None, []
     product = variant == "released" and not model.resnet
     pad = pad if variant == "etris" else None
     for i, (f_v, f_t) in enumerate(zip(features, words)):
-        bridger = model.bridgers[str(i + 2)]
-        sd = bridger.state_dict()
-        v = bridger.zoom_in(f_v)
+        sd = model.bridgers[str(i + 2)].state_dict()
+        v = zoom(sd, "zoom_in", f_v, model.resnet, variant, up=i == 2, middle=i == 1)
         grid = v.shape[-2:]
         v, t = v.flatten(2).transpose(1, 2), linear(sd, "linear1", f_t)
         if last:
@@ -280,15 +303,23 @@ def independent_bridgers(model, variant, features, words, pad):
             v2 = norm(sd, "ita_v.norm3", v2 + linear(sd, "ita_v.ffn.3", linear(sd, "ita_v.ffn.0", v2).relu()))
             t2 = norm(sd, "ita_t.norm3", t2 + linear(sd, "ita_t.ffn.3", linear(sd, "ita_t.ffn.0", t2).relu()))
         last = (v2, t2) if variant == "etris" else (v, t)
-        results.append((bridger.zoom_out(v2.transpose(1, 2).reshape(len(v), -1, *grid)), linear(sd, "linear2", t2)))
+        v2 = v2.transpose(1, 2).reshape(len(v), -1, *grid)
+        f_v = zoom(sd, "zoom_out", v2, model.resnet, variant, up=i != 2, middle=i == 1)
+        results.append((f_v, linear(sd, "linear2", t2)))
     return results
+
+
+def shuffle(module):
+    """Other values for every parameter and statistic, so that none is hidden by a start at 0 or 1."""
+    for name, t in module.state_dict().items():
+        if t.is_floating_point():
+            t.uniform_(0.5, 1.5) if "running_var" in name else t.normal_(std=0.2)
 
 
 @pytest.mark.parametrize("backbone, variant", BOTH)
 def test_bridgers_compute_eq_1_to_5_or_the_public_code(backbone, variant):
     model = tiny(backbone, variant).eval()
-    for p in model.bridgers.parameters():
-        torch.nn.init.normal_(p, std=0.2)
+    shuffle(model.bridgers)
     shapes = [(64, 8, 8), (128, 4, 4), (256, 2, 2)] if model.resnet else [(64, 4, 4)] * 3
     g = torch.Generator().manual_seed(1)
     features = [torch.randn(2, *s, generator=g) for s in shapes]
@@ -310,6 +341,10 @@ def test_residuals_go_where_eq_3_says(backbone, variant):
     for i, b in model.bridgers.items():
         b.register_forward_hook(lambda m, x, y, i=i: seen.update({i: (x[0], x[1], y[0], y[1])}))
     visual, blocks = model.clip.visual, model.clip.transformer.resblocks
+    if not model.resnet:
+        for i in 2, 3:
+            block = visual.transformer.resblocks[i]
+            block.register_forward_pre_hook(lambda m, x, i=i: seen.update({f"block {i}": x[0]}))
     images, tokens, _ = inputs(model)
     with torch.no_grad():
         maps, f_t, _, _ = model.encode(images, tokens)
@@ -318,6 +353,8 @@ def test_residuals_go_where_eq_3_says(backbone, variant):
             assert torch.allclose(maps[i - 2], v + d_v)
             if model.resnet:
                 assert torch.allclose(getattr(visual, f"layer{i + 1}")(v + d_v), seen[str(i + 1)][0], atol=1e-5)
+            else:
+                assert torch.allclose((v + d_v).flatten(2).transpose(1, 2), seen[f"block {i}"][:, 1:], atol=1e-5)
             n = tokens.shape[1]
             after = blocks[last](t + d_t, attn_mask=model.clip.attn_mask[:n, :n])
             assert torch.allclose(after, seen[str(i + 1)][1], atol=1e-5)
@@ -343,13 +380,13 @@ def test_the_class_token_gets_no_residual():
 def test_zoom_layers():
     x = torch.zeros(1, 3, 8, 8)
     x[0, :, 2, 5] = 1
-    for kind, kernel, stride, up, side in [("deconv", 2, 2, False, 4), ("deconv", 2, 2, True, 16), ("deconv", 2, 1, True, 8),
-                                           ("interpolate", 2, 2, True, 16), ("linear", 2, 2, False, 4),
-                                           ("mlp", 2, 2, True, 16), ("pointwise", 1, 1, False, 8)]:
-        layer = etris.zoom_layer(kind, 3, 5, kernel, stride, up, 8, side).eval()
+    for kind, kernel, up, side in [("deconv", 2, False, 4), ("deconv", 2, True, 16), ("deconv", 2, True, 8),
+                                   ("deconv", 1, False, 8), ("interpolate", 2, True, 16), ("interpolate", 2, False, 4),
+                                   ("linear", 2, False, 4), ("mlp", 2, True, 16), ("pointwise", 2, False, 8)]:
+        layer = etris.zoom_layer(kind, 3, 5, kernel, up, 8, side).eval()
         assert layer(x).shape == (1, 5, side, side), kind
     # on a ViT a change of one place reaches its neighbours, and zooming out is centred on it again
-    into, out = (etris.zoom_layer("deconv", 3, 3, 2, 1, up, 8, 8) for up in (False, True))
+    into, out = (etris.zoom_layer("deconv", 3, 3, 2, up, 8, 8) for up in (False, True))
     reach = out(into(x)).abs().sum((0, 1)).nonzero()
     assert reach.min(0).values.tolist() == [1, 4] and reach.max(0).values.tolist() == [3, 6]
 
@@ -362,8 +399,8 @@ def test_released_pool_adds_the_connecting_branch():
         branch = pool.connect
         delattr(pool, "connect")
         assert torch.allclose(y, F.relu(etris.attention_pool(pool, x) + branch(x)), atol=1e-6)
-    assert sorted(branch.state_dict()) == ["0.weight"] + [f"1.{n}" for n in ("bias", "num_batches_tracked", "running_mean",
-                                                                            "running_var", "weight")]
+    assert sorted(branch.state_dict()) == ["0.weight", "1.bias", "1.num_batches_tracked", "1.running_mean",
+                                           "1.running_var", "1.weight"]
 
 
 def test_released_trains_a_table_of_the_inputs_grid():
@@ -382,10 +419,10 @@ def test_the_gate_computes_what_the_single_key_attention_does(backbone):
     full, gate = tiny(backbone).eval(), tiny(backbone, neck_fusion="gate").eval()
     state = full.state_dict()
     for i in range(3):
-        old, new = f"neck.fusion.{i}.", f"neck.fusion.{i}."
-        weight, bias = state.pop(old + "in_proj_weight"), state.pop(old + "in_proj_bias")
-        state[new + "0.weight"], state[new + "0.bias"] = weight[-64:], bias[-64:]
-        state[new + "1.weight"], state[new + "1.bias"] = (state.pop(old + f"out_proj.{n}") for n in ("weight", "bias"))
+        name = f"neck.fusion.{i}."
+        for kind in "weight", "bias":
+            state[name + "0." + kind] = state.pop(name + "in_proj_" + kind)[-64:]
+            state[name + "1." + kind] = state.pop(name + "out_proj." + kind)
     gate.load_state_dict(state)
     images, tokens, _ = inputs(full)
     with torch.no_grad():
@@ -396,7 +433,7 @@ def test_the_gate_computes_what_the_single_key_attention_does(backbone):
 @pytest.mark.parametrize("flags", [
     dict(hierarchical_alignment=False), dict(global_alignment=False), dict(bridger_stages=()),
     dict(hierarchical_alignment=False, global_alignment=False), dict(decoder_text="sentence"), dict(zoom="linear"),
-    dict(zoom="mlp"), dict(zoom="interpolate"), dict(bridger_stages=(2, 4)), dict(bridger_stages=(3,))])
+    dict(zoom="mlp"), dict(bridger_stages=(2, 4)), dict(bridger_stages=(3,))])
 def test_table_6_and_the_other_switches_train_and_predict(backbone, flags):
     model = tiny(backbone, **flags).train()
     images, tokens, masks = inputs(model)
@@ -412,6 +449,77 @@ def test_table_6_and_the_other_switches_train_and_predict(backbone, flags):
         assert not torch.allclose(out, model(images, tokens.flip(0)), atol=1e-4)
 
 
+def conv(sd, name, x, padding):
+    return batch_norm(sd, name + ".1", F.conv2d(x, sd[name + ".0.weight"], padding=padding)).relu()
+
+
+def sines(n, d):
+    angle = torch.arange(n)[:, None] / 10000 ** (torch.arange(0, d, 2) / d)
+    table = torch.empty(n, d)
+    table[:, 0::2], table[:, 1::2] = angle.sin(), angle.cos()
+    return table
+
+
+def independent_head(model, maps, f_t, f_s, pad):
+    """HA, GA and projector as the public code has them, from the weights."""
+    sd, dim, heads = model.state_dict(), model.c.head_dim, model.c.head_heads
+    text = linear(sd, "neck.txt_proj", f_s) if model.c.text_proj else f_s
+    levels = []
+    for i, x in enumerate(maps):
+        weight, stride = sd[f"neck.f_proj.{i}.0.weight"], 2 if model.resnet and i != 1 else 1
+        x = (F.conv_transpose2d if i == 2 else F.conv2d)(x, weight, stride=stride)
+        x = batch_norm(sd, f"neck.f_proj.{i}.1", x).relu()
+        a = attention(sd, f"neck.fusion.{i}", x.flatten(2).transpose(1, 2), text[:, None], heads)
+        levels.append(x * a.transpose(1, 2).reshape(x.shape))
+    x = conv(sd, "neck.aggr", torch.cat(levels, 1), 0)
+    b, _, h, w = x.shape
+    across, down = torch.linspace(-1, 1, w).repeat(h, 1), torch.linspace(-1, 1, h)[:, None].repeat(1, w)
+    x = conv(sd, "neck.coordconv.0.conv", torch.cat([x, torch.stack([across, down]).expand(b, 2, h, w)], 1), 1)
+    x = conv(sd, "neck.coordconv.1", x, 1).flatten(2).transpose(1, 2)
+    places = torch.cat([sines(w, dim // 2).repeat(h, 1), sines(h, dim // 2).repeat_interleave(w, 0)], 1)
+    words = f_t + sines(f_t.shape[1], dim)
+    for i in range(model.c.decoder_layers):
+        name = f"decoder.layers.{i}."
+        y = norm(sd, name + "norm1", x)
+        a = attention(sd, name + "self_attn", y + places, y + places, heads, None, y)
+        x = x + norm(sd, name + "self_attn_norm", a)
+        y = norm(sd, name + "norm2", x) + places
+        x = x + norm(sd, name + "cross_attn_norm", attention(sd, name + "cross_attn", y, words, heads, pad, f_t))
+        y = linear(sd, name + "ffn.0", norm(sd, name + "norm3", x)).relu()
+        x = x + linear(sd, name + "ffn.4", norm(sd, name + "ffn.3", y))
+    x = norm(sd, "decoder.norm", x).transpose(1, 2).reshape(b, dim, h, w)
+    for k in 1, 3:
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+        x = conv(sd, f"proj.vis.{k}", x, 1)
+    x = F.conv2d(x, sd["proj.vis.4.weight"], sd["proj.vis.4.bias"])
+    kernels = linear(sd, "proj.txt", f_s)
+    return torch.cat([F.conv2d(x[i:i + 1], k[:-1].view(1, -1, 3, 3), k[-1:], padding=1) for i, k in enumerate(kernels)])
+
+
+@pytest.mark.parametrize("backbone, variant", BOTH)
+def test_the_head_computes_eq_6_to_9(backbone, variant):
+    model = tiny(backbone, variant, decoder_position="attention").eval()
+    shuffle(model.neck), shuffle(model.decoder), shuffle(model.proj)
+    images, tokens, _ = inputs(model)
+    with torch.no_grad():
+        maps, f_t, f_s, pad = model.encode(images, tokens)
+        expected = independent_head(model, maps, f_t, f_s, pad)
+        assert torch.allclose(model(images, tokens), expected, atol=1e-4 * float(expected.std()))
+
+
+def test_bridgers_start_as_the_public_code_starts_them():
+    torch.manual_seed(0)
+    b = etris.Bridger(etris.config("RN101"), 3, 1024, 512, 26, 26, linked=True)
+    assert float(b.linear1.weight.detach().std()) == pytest.approx(0.02, rel=0.05) and not b.linear2.bias.any()
+    assert float(b.ita_v.cross_attn.out_proj.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
+    assert float(b.zoom_in.weight.detach().std()) == pytest.approx((2 / 64) ** 0.5, rel=0.05)  # He's, of the outputs
+    dropouts = [m for m in b.modules() if isinstance(m, torch.nn.Dropout)]
+    assert len(dropouts) == 4 and all(m.p == b.ita_v.self_attn.dropout == 0.1 for m in dropouts)
+    x = torch.randn(1, 9, 64)
+    b.ita_v.self_attn.dropout = 0.0  # each place of dropout that is left still acts
+    assert not torch.equal(b.ita_v.attend(x, None), b.ita_v.attend(x, None))
+
+
 def test_the_dynamic_kernel_is_a_convolution():
     proj = etris.Projector(16, 8)
     proj.vis = torch.nn.Identity()
@@ -425,7 +533,7 @@ def test_the_dynamic_kernel_is_a_convolution():
 def test_loss_is_eq_10_and_11():
     model = tiny(dice=0.0)
     logits, masks = torch.randn(2, 1, 4, 4), torch.zeros(2, 8, 8)
-    masks[:, :4, :4] = 1
+    masks[:, :3, :5] = 1  # an edge at odd pixels: the nearest pixel decides
     p, inside = logits.sigmoid()[:, 0], masks[:, ::2, ::2] == 1
     by_hand = -(p[inside].log().sum() + (1 - p[~inside]).log().sum()) / 32
     assert torch.allclose(model.loss(logits, masks), by_hand, atol=1e-6)
@@ -464,9 +572,11 @@ def test_a_wide_photograph_is_the_same_within_a_square_of_mean_colour(backbone):
     tokens = model.tokenize(SENTENCES[:1])
     with torch.no_grad():
         wide, whole = (model(data.to_canvas(p, model.preprocess)[None], tokens)[0, 0] for p in (photo, square))
-    assert torch.allclose(wide, whole, atol=0.02)
+    # but for the rounding of the mean colour to whole numbers
+    assert (wide - whole).abs().mean() < 0.03 * whole.std()
     back = data.from_canvas(wide, (s // 2, s), model.preprocess)
-    assert torch.allclose(back, data.from_canvas(whole, (s, s), model.preprocess)[s // 4:s // 4 * 3], atol=0.02)
+    whole = data.from_canvas(whole, (s, s), model.preprocess)[s // 4:s // 4 * 3]
+    assert (back - whole).abs().mean() < 0.03 * whole.std()
 
 
 # settings
@@ -484,10 +594,12 @@ def test_settings_of_the_paper_and_of_the_public_code():
 
 @pytest.mark.parametrize("backbone, flags, word", [
     ("tiny", dict(bridger_stages=(1,)), "bridger-stages"), ("tiny", dict(image_size=100), "image-size"),
-    ("tiny", dict(words=2), "words"), ("tiny", dict(bridger_heads=5), "bridger-heads"), ("tiny", dict(zoom="x"), "zoom"),
+    ("tiny", dict(words=2), "words"), ("tiny", dict(bridger_heads=5), "bridger-heads"),
+    ("tiny", dict(zoom="x"), "zoom"),
     ("tiny", dict(bridger_heads=0), "bridger-heads"), ("tiny", dict(zoom="pointwise"), "zoom"),
-    ("tiny-vit", dict(connect=True), "connect"), ("tiny-vit", dict(visual_blocks=(1, 2, 3)), "visual-blocks"),
-    ("tiny", dict(text_blocks=(2, 4)), "text-blocks"), ("tiny", dict(head_dim=32), "head-dim"),
+    ("tiny-vit", dict(connect=True), "connect"), ("tiny-vit", dict(blocks=(1, 2, 3)), "blocks"),
+    ("tiny", dict(blocks=(2, 4)), "blocks"), ("tiny-vit", dict(zoom="interpolate"), "zoom"),
+    ("tiny", dict(head_dim=32), "head-dim"),
     ("tiny-vit", dict(zoom="pointwise", zero_init=True), "zero-init"), ("tiny", dict(bridger_dropout=1.0), "dropout"),
     ("RN50", dict(decoder_text="sentence"), "decoder-text"), ("tiny", dict(tune="full", bridger_stages=(2,)), "tune")])
 def test_impossible_settings_are_named(backbone, flags, word):
@@ -543,3 +655,10 @@ def test_without_a_network_one_sentence_says_what_to_fetch(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
     with torch.device("meta"), pytest.raises(UserError, match="hf download timm/resnet101_clip.openai .*random"):
         etris.ETRIS(etris.config("RN101"), "pretrained")
+
+
+def test_positions_alone_do_not_make_trained_towers():
+    model = tiny("tiny-vit", "released", image_size=1024)  # most of its numbers are positions
+    assert count(model.clip, trainable=True) > count(model.clip) / 2 and fingerprint(model)
+    frozen = tiny("tiny-vit", "released", tune="frozen")  # the head alone, also in the authors' variant
+    assert count(frozen, trainable=True) == count(frozen.parts()["head"])
