@@ -224,7 +224,7 @@ def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> Non
             flag |= dict(type=integers, metavar="N,N,...")
         elif "choices" not in flag:
             flag |= dict(type=kind, metavar=kind.__name__.upper())
-        group.add_argument("--" + f.name.replace("_", "-"), help=argparse.SUPPRESS if kind is bool else None, **flag)
+        group.add_argument("--" + f.name.replace("_", "-"), **flag)
 
 
 def integers(text: str) -> tuple[int, ...]:
