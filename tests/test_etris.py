@@ -106,8 +106,13 @@ def test_towers_run_as_open_clip_runs_them(backbone):
     maps, f_t, f_s, pad = model.encode(images, tokens)
     assert torch.allclose(model.clip.encode_text(F.pad(tokens, (0, 77 - tokens.shape[1]))), f_s, atol=1e-5)
     assert pad.sum(1).tolist() == [17 - 9, 17 - 3] and f_t.shape == (2, 17, 64)
-    indices = [2, 3, 4] if model.resnet else [1, 2, 3]
-    out = model.clip.visual.forward_intermediates(images, indices=indices)["image_intermediates"]
+    visual, out = model.clip.visual, []
+    stages = [visual.layer2, visual.layer3, visual.layer4] if model.resnet else visual.transformer.resblocks[1:]
+    hooks = [m.register_forward_hook(lambda m, x, y: out.append(y)) for m in stages]
+    visual(images)
+    for h in hooks:
+        h.remove()
+    out = out if model.resnet else [y[:, 1:].transpose(1, 2).unflatten(2, (8, 8)) for y in out]
     for a, b in zip(maps[:2], out):
         assert torch.allclose(a, b, atol=1e-5)
     assert [tuple(m.shape[-2:]) for m in maps] == ([(16, 16), (8, 8), (4, 4)] if model.resnet else [(8, 8)] * 3)
