@@ -6,11 +6,31 @@ import os
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import common
 import dcris
+import etris
 from common import UserError
+
+
+def save_as_openai(clip, file):
+    """CLIP's weights as OpenAI publishes them: a TorchScript archive with three notes among them."""
+    class Archive(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, m in clip.named_children():
+                setattr(self, name, m)
+            for name, p in clip.named_parameters(recurse=False):
+                setattr(self, name, p)
+            for name in "input_resolution", "context_length", "vocab_size":
+                self.register_buffer(name, torch.tensor(7))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    torch.jit.trace(Archive(), torch.zeros(1)).save(str(file))
 
 
 def test_metrics_by_hand():
@@ -163,3 +183,28 @@ def test_drawing():
     assert pixels[180, 60, 0] > 80 and (pixels[180, 300] == 0).all()  # tinted inside, untouched outside
     assert common.overlay(image, ~mask & mask, "犬 \U0001f415 " + "x" * 300).width == 480
     assert common.grid([picture] * 5, 2).size == (960, 3 * picture.height)
+
+
+# what two method files have in common
+
+
+@pytest.mark.parametrize("method", [dcris, etris])
+def test_the_dynamic_kernel_is_a_convolution(method):
+    proj = method.Projector(16, 8)
+    proj.vis = nn.Identity()
+    f_c, f_s = torch.randn(3, 8, 5, 7), torch.randn(3, 8)
+    weights = proj.txt(f_s)
+    expected = torch.cat([F.conv2d(f_c[i:i + 1], weights[i, :-1].view(1, 8, 3, 3), weights[i, -1:], padding=1)
+                          for i in range(3)])
+    assert torch.allclose(proj(f_c, f_s), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method, command", [
+    (dcris, "hf download facebook/dinov2-with-registers-base model.safetensors"),
+    (etris, "hf download timm/resnet101_clip.openai open_clip_model.safetensors")])
+def test_without_a_network_one_sentence_says_what_to_fetch(monkeypatch, method, command):
+    from huggingface_hub import constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
+    with torch.device("meta"), pytest.raises(UserError, match=command + ".*random"):
+        method.Model(method.config(), "pretrained")

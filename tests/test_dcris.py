@@ -11,6 +11,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import dcris
 from common import UserError, count, fingerprint, trained_state
+from tests.test_common import save_as_openai
 
 SENTENCES = ["the small red circle on the left", "square"]
 
@@ -200,16 +201,6 @@ def test_tokens():
     assert small.max() == 4095 and (small == 4094).sum() == 3 and (small.argmax(1) > 0).all()
 
 
-def test_the_dynamic_kernel_is_a_convolution():
-    proj = dcris.Projector(16, 8)
-    proj.vis = torch.nn.Identity()
-    f_c, f_s = torch.randn(3, 8, 5, 7), torch.randn(3, 8)
-    weights = proj.txt(f_s)
-    expected = torch.cat([F.conv2d(f_c[i:i + 1], weights[i, :-1].view(1, 8, 3, 3), weights[i, -1:], padding=1)
-                          for i in range(3)])
-    assert torch.allclose(proj(f_c, f_s), expected, atol=1e-5)
-
-
 def test_densely_connected_branches_see_what_eq_1_says():
     block = dcris.DenselyConnected(32, 2).eval()
     shapes = [tuple(m.weight.shape) for m in block.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -302,21 +293,7 @@ def towers(tmp_path):
     torch.save(meta_layout(vision), tmp_path / "dino.pth")
     save_file(hub_layout(vision), tmp_path / "dino.safetensors")
     save_file({k: v.clone() for k, v in clip.state_dict().items()}, tmp_path / "clip.safetensors")
-
-    class Archive(torch.nn.Module):  # OpenAI publishes TorchScript archives with three notes among the weights
-        def __init__(self):
-            super().__init__()
-            for name, m in clip.named_children():
-                setattr(self, name, m)
-            for name, p in clip.named_parameters(recurse=False):
-                setattr(self, name, p)
-            for name in "input_resolution", "context_length", "vocab_size":
-                self.register_buffer(name, torch.tensor(7))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    torch.jit.trace(Archive(), torch.zeros(1)).save(str(tmp_path / "clip.pt"))
+    save_as_openai(clip, tmp_path / "clip.pt")
     return tmp_path, vision, clip
 
 
@@ -346,11 +323,3 @@ def test_wrong_weights_are_named(towers):
             dcris.DCRIS(c, weights)
     with pytest.raises(UserError, match="dinov2-base"):
         dcris.DCRIS(dcris.config("dinov2-base"), f"{folder}/dino.pth,{folder}/clip.pt")
-
-
-def test_without_a_network_one_sentence_says_what_to_fetch(monkeypatch):
-    from huggingface_hub import constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
-    with pytest.raises(UserError, match="hf download facebook/dinov2-with-registers-base model.safetensors.*random"):
-        dcris.DCRIS(dcris.config("dinov2-base"), "pretrained")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 import data
 import etris
 from common import UserError, count, fingerprint, saved_bytes, trained_names, trained_state
+from tests.test_common import save_as_openai
 
 SENTENCES = ["the small red circle on the left", "square"]
 TINY = "tiny", "tiny-vit"
@@ -247,7 +248,7 @@ def attention(sd, name, q, k, heads, pad=None, v=None):
     """Multi-head attention written out, from a state dict."""
     w, b = sd[name + ".in_proj_weight"].chunk(3), sd[name + ".in_proj_bias"].chunk(3)
     q, k, v = (x @ w[i].T + b[i] for i, x in enumerate((q, k, k if v is None else v)))
-    n, d = q.shape[1], q.shape[2] // heads
+    d = q.shape[2] // heads
     out = torch.empty_like(q)
     for h in range(heads):
         s = slice(h * d, (h + 1) * d)
@@ -525,16 +526,6 @@ def test_bridgers_start_as_the_public_code_starts_them():
     assert not torch.equal(b.ita_v.attend(x, None), b.ita_v.attend(x, None))
 
 
-def test_the_dynamic_kernel_is_a_convolution():
-    proj = etris.Projector(16, 8)
-    proj.vis = torch.nn.Identity()
-    z_c, f_s = torch.randn(3, 8, 5, 7), torch.randn(3, 8)
-    z_t = proj.txt(f_s)
-    expected = torch.cat([F.conv2d(z_c[i:i + 1], z_t[i, :-1].view(1, 8, 3, 3), z_t[i, -1:], padding=1)
-                          for i in range(3)])
-    assert torch.allclose(proj(z_c, f_s), expected, atol=1e-5)
-
-
 def test_loss_is_eq_10_and_11():
     model = tiny(dice=0.0)
     logits, masks = torch.randn(2, 1, 4, 4), torch.zeros(2, 8, 8)
@@ -623,21 +614,7 @@ def test_released_files_load_whole_and_wrong_ones_are_named(backbone, tmp_path):
     for t in clip.state_dict().values():
         if t.is_floating_point():
             t.normal_(std=0.1)
-
-    class Archive(torch.nn.Module):  # OpenAI publishes half-precision TorchScript archives with three notes inside
-        def __init__(self):
-            super().__init__()
-            for name, m in copy.deepcopy(clip).half().named_children():
-                setattr(self, name, m)
-            for name, p in clip.named_parameters(recurse=False):
-                setattr(self, name, torch.nn.Parameter(p.detach().half()))
-            for name in "input_resolution", "context_length", "vocab_size":
-                self.register_buffer(name, torch.tensor(7))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    torch.jit.trace(Archive(), torch.zeros(1)).save(str(tmp_path / "clip.pt"))
+    save_as_openai(copy.deepcopy(clip).half(), tmp_path / "clip.pt")  # OpenAI publishes half precision
     save_file({k: v.clone() for k, v in clip.state_dict().items()}, tmp_path / "clip.safetensors")
     for file, tolerance in ("clip.pt", 1e-3), ("clip.safetensors", 0):
         model = etris.ETRIS(etris.config(backbone), str(tmp_path / file))
@@ -652,14 +629,6 @@ def test_released_files_load_whole_and_wrong_ones_are_named(backbone, tmp_path):
             etris.ETRIS(etris.config(other), str(tmp_path / weights))
     with pytest.raises(UserError, match="no released weights"):
         etris.ETRIS(etris.config(backbone), "pretrained")
-
-
-def test_without_a_network_one_sentence_says_what_to_fetch(monkeypatch):
-    from huggingface_hub import constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/nonexistent")
-    with torch.device("meta"), pytest.raises(UserError, match="hf download timm/resnet101_clip.openai .*random"):
-        etris.ETRIS(etris.config("RN101"), "pretrained")
 
 
 def test_positions_alone_do_not_make_trained_towers():
