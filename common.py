@@ -8,11 +8,16 @@ What train.py and evaluate.py ask of a method file, whichever it is:
     BACKBONES, VARIANTS, TUNES   the names that --backbone, --variant and --tune take; the first is the default
     Config, config(backbone, variant, dataset, **flags)   every setting, and the ones that fit these names
     Model(config, weights)       an nn.Module with
+        .task                    "mask" or "box", its answer
         .preprocess              the Preprocess it wants for its pictures
         .tokenize(sentences)     list of str -> token ids (B, L)
-        .forward(images, tokens) (B, 3, S, S), (B, L) -> mask logits (B, 1, h, w) that cover the canvas
-        .loss(logits, masks)     and masks (B, S, S) in 0..1 -> scalar
+        .forward(images, tokens) (B, 3, S, S), (B, L) -> mask logits (B, 1, h, w) that cover the canvas,
+                                 or boxes (B, 4): centre x, centre y, width, height, in sides of the canvas
+        .loss(output, target)    and masks (B, S, S) in 0..1, or boxes (B, 4) likewise -> scalar
         .parts()                 {"backbone" | "adapter" | "head": [modules]}, what is counted under each name
+    and where pictures are read without the sentence
+        .image_features(images)  what forward takes in their place; .repeat(n) is the same for n sentences
+    leak(weights, dataset)       optional: a warning where weights were trained on a data set's val or test pictures
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
@@ -52,7 +58,8 @@ class Preprocess:
 
     `size` is the side of the square canvas in pixels; `fit` is "letterbox" (aspect kept, centred, padded
     with the mean colour) or "stretch"; `interpolation` is "bilinear" or "bicubic"; `mean` and `std`
-    normalise RGB values in 0..1.
+    normalise RGB values in 0..1. `pad_channel`: a fourth channel that is 1 in the padding. `augment`: as data.augment
+    in training.
     """
 
     size: int
@@ -60,6 +67,8 @@ class Preprocess:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    pad_channel: bool = False
+    augment: bool = False
 
 
 # Weights
@@ -160,6 +169,45 @@ def dinov2_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
     return out
 
 
+def bert_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BERT's weights as the hub has them, with transformers' names and without the pooler and the heads."""
+    out = {}
+    for k, v in state.items():
+        k = k.removeprefix("bert.").replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
+        if not k.startswith(("cls.", "pooler.")) and not k.endswith("position_ids"):
+            out[k] = v.float()
+    return out
+
+
+def detr_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DETR's ResNet, projection and encoder, under DETR's names or older or newer transformers' ones -> as m2ist.DETR
+    names them. The decoder and the heads are left out by name; anything else stays, to be told of."""
+    renames = [
+        (r"^model\.", ""), (r"^(backbone\.0\.body|backbone\.conv_encoder\.model|backbone\.model)\.", "body."),
+        (r"^body\.embedder\.embedder\.convolution", "body.conv1"),
+        (r"^body\.embedder\.embedder\.normalization", "body.bn1"),
+        (r"^body\.encoder\.stages\.(\d)\.layers\.", lambda m: f"body.layer{int(m[1]) + 1}."),
+        (r"\.shortcut\.convolution", ".downsample.0"), (r"\.shortcut\.normalization", ".downsample.1"),
+        (r"\.layer\.(\d)\.convolution", lambda m: f".conv{int(m[1]) + 1}"),
+        (r"\.layer\.(\d)\.normalization", lambda m: f".bn{int(m[1]) + 1}"),
+        (r"^input_projection\.", "input_proj."), (r"^(transformer\.)?encoder\.layers\.", "layers."),
+        (r"\.o_proj\.", ".out_proj."), (r"\.self_attn_layer_norm\.", ".norm1."), (r"\.final_layer_norm\.", ".norm2."),
+        (r"\.(mlp\.)?fc([12])\.", r".linear\2.")]
+    rest = re.compile(r"(model\.)?(transformer\.)?(decoder|class_embed|bbox_embed|query_embed|class_labels_classifier|"
+                      r"query_position_embeddings|bbox_predictor)\.|.*\.num_batches_tracked$")
+    out = {}
+    for k, v in state.items():
+        if not rest.match(k):
+            for pattern, name in renames:
+                k = re.sub(pattern, name, k)
+            out[k] = v.float()
+    for k in [k for k in out if ".q_proj." in k]:  # nn.MultiheadAttention has query, key and value in one matrix
+        names = [k.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
+        if all(n in out for n in names):
+            out[k.replace(".q_proj.", ".in_proj_")] = torch.cat([out.pop(n) for n in names])
+    return out
+
+
 # Blocks that no paper claims
 
 
@@ -229,6 +277,16 @@ def add_config_flags(parser: argparse.ArgumentParser, config_class: type) -> Non
 
 def integers(text: str) -> tuple[int, ...]:
     return tuple(int(t) for t in text.split(",") if t.strip())
+
+
+def choices(config_class: type, name: str) -> tuple:
+    """The values of a field that has a few. Raises UserError for any other."""
+    kind = typing.get_type_hints(config_class).get(name)
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)
+    if kind is bool:
+        return False, True
+    raise UserError(f"--vary {name}: {config_class.__module__} has no such setting with a few values.")
 
 
 def config_flags(args: argparse.Namespace, config_class: type) -> dict:
@@ -387,6 +445,21 @@ def mask_metrics(rows: list[tuple[int, int]]) -> dict[str, float]:
     return {k: v if k == "n" else round(100 * float(v), 4) for k, v in metrics.items()}
 
 
+def box_iou(prediction: tuple, truth: tuple) -> float:
+    """IoU of two boxes x1, y1, x2, y2; 0 where one has no area."""
+    areas = [max(0.0, b[2] - b[0]) * max(0.0, b[3] - b[1]) for b in (prediction, truth)]
+    sides = [max(0.0, min(prediction[k + 2], truth[k + 2]) - max(prediction[k], truth[k])) for k in (0, 1)]
+    both = sides[0] * sides[1]
+    return both / (sum(areas) - both) if both else 0.0
+
+
+def box_metrics(ious: list[float]) -> dict[str, float]:
+    """Percentages over expressions. Acc@0.5: share with IoU >= 0.5. mIoU: mean of IoUs."""
+    iou, n = np.array(ious, dtype=np.float64), len(ious)
+    metrics = {"n": n, "Acc@0.5": (iou >= 0.5).sum() / max(n, 1), "mIoU": iou.sum() / max(n, 1)}
+    return {k: v if k == "n" else round(100 * float(v), 4) for k, v in metrics.items()}
+
+
 # Run folders and checkpoints
 
 
@@ -411,8 +484,17 @@ def write_json(path: str | Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
+def trains_towers(model: nn.Module) -> bool:
+    """Whether most of the towers' tensors are trained: all but some that nothing reads, or a first stage."""
+    trains = [p.requires_grad for m in model.parts()["backbone"] for p in m.parameters()]
+    return 2 * sum(trains) > len(trains)
+
+
 def trained_names(model: nn.Module) -> set[str]:
-    """What training changes: trainable parameters, and the buffers of the modules that own them (BatchNorm)."""
+    """What a checkpoint holds: trainable parameters, and the buffers of the modules that own them (BatchNorm); or all,
+    where towers are trained, so that the checkpoint needs no others."""
+    if trains_towers(model):
+        return set(model.state_dict())
     names = set()
     for prefix, m in model.named_modules():
         own = [n for n, p in m.named_parameters(recurse=False) if p.requires_grad]
@@ -429,10 +511,8 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """sha256 over everything that is not trained: which frozen towers a checkpoint belongs to. "" where most of the
-    towers' tensors are trained (all but some that nothing reads), so that the checkpoint holds them."""
-    trains = [p.requires_grad for m in model.parts()["backbone"] for p in m.parameters()]
-    if 2 * sum(trains) > len(trains):
+    """sha256 over everything that is not trained: which frozen towers a checkpoint needs. "" where it holds them."""
+    if trains_towers(model):
         return ""
     digest, trained = hashlib.sha256(), trained_names(model)
     for k, v in sorted(model.state_dict().items()):
@@ -502,14 +582,25 @@ def load_towers(model: nn.Module, run: str, method: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def is_run(weights: str) -> bool:
+    """Whether --weights names a run folder or its checkpoint, and not released files."""
+    return os.path.isdir(weights) or os.path.basename(weights) == "model.safetensors" and "," not in weights
+
+
 def build(method, config, weights: str, seed: int):
     """The method's model on random or given weights. Towers and head are drawn from `seed` alone."""
     torch.manual_seed(seed)
-    run = os.path.isdir(weights) or weights.endswith("model.safetensors")
-    model = method.Model(config, "random" if run else weights)
-    if run:
+    model = method.Model(config, "random" if is_run(weights) else weights)
+    if is_run(weights):
         load_towers(model, weights, method.__name__)
     return model
+
+
+def leak(method, weights: str, dataset: str) -> str:
+    """The method's warning that weights were trained on a data set's val or test pictures, or ""."""
+    while is_run(weights):
+        weights = read_checkpoint(weights, tensors=False)[0]["weights"]  # its own
+    return method.leak(weights, dataset) if hasattr(method, "leak") else ""
 
 
 def versions() -> dict[str, str]:
@@ -530,7 +621,7 @@ def count(modules: list[nn.Module] | nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in seen.values())
 
 
-def saved_bytes(model: nn.Module, images: Tensor, tokens: Tensor, masks: Tensor) -> int:
+def saved_bytes(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor) -> int:
     """Bytes that one training forward keeps for backward: unique storages, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     storages = {}
@@ -542,7 +633,7 @@ def saved_bytes(model: nn.Module, images: Tensor, tokens: Tensor, masks: Tensor)
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = model.loss(model(images, tokens), masks)
+        loss = model.loss(model(images, tokens), target)
     total = sum(s.nbytes() for s in storages.values())
     del loss
     return total
@@ -553,18 +644,19 @@ def efficiency(model: nn.Module, timed: int = 1) -> dict:
     from torch.utils.flop_counter import FlopCounterMode
 
     device, size = next(model.parameters()).device, model.preprocess.size
-    images, masks = torch.zeros(2, 3, size, size, device=device), torch.zeros(2, size, size, device=device)
+    images = torch.zeros(2, 4 if model.preprocess.pad_channel else 3, size, size, device=device)
+    target = torch.full((2, size, size) if model.task == "mask" else (2, 4), 0.5, device=device)
     tokens = model.tokenize(["the small red circle on the left"] * 2).to(device)
     parts = {name: count(modules) for name, modules in model.parts().items()}
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         model(images[:1], tokens[:1])
     model.train()
-    bytes_ = saved_bytes(model, images, tokens, masks)
+    bytes_ = saved_bytes(model, images, tokens, target)
     seconds = []
     for _ in range(timed + 1):
         begin = time.perf_counter()
-        model.loss(model(images, tokens), masks).backward()
+        model.loss(model(images, tokens), target).backward()
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin)
@@ -588,7 +680,7 @@ def overlay(image: np.ndarray, mask: np.ndarray, caption: str = "", least: int =
 
     Small pictures are drawn larger, the longer side at least `least` pixels.
     """
-    scale = max(1, -(-least // max(mask.shape)))
+    scale = enlargement(image, least)
     image, mask = (np.repeat(np.repeat(a, scale, 0), scale, 1) for a in (image, mask))
     out = image.astype(np.float32)
     out[mask] = 0.55 * out[mask] + 0.45 * TINT
@@ -600,6 +692,22 @@ def overlay(image: np.ndarray, mask: np.ndarray, caption: str = "", least: int =
     out[edge] = 255
     picture = Image.fromarray(out.round().astype(np.uint8))
     return captioned(picture, caption) if caption else picture
+
+
+def overlay_box(image: np.ndarray, box: tuple, caption: str = "", least: int = 480) -> Image.Image:
+    """The photograph (H, W, 3) uint8 with a box x1, y1, x2, y2 in its pixels, and a caption; enlarged likewise."""
+    scale = enlargement(image, least)
+    picture = Image.fromarray(np.repeat(np.repeat(image, scale, 0), scale, 1))
+    width = max(2, max(picture.size) // 200)
+    x1, y1, x2, y2 = (round(v * scale) for v in box)
+    draw, frame = ImageDraw.Draw(picture), (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
+    draw.rectangle(frame, outline="white", width=2 * width)  # seen on dark and light ground alike
+    draw.rectangle(frame, outline=tuple(TINT.tolist()), width=width)
+    return captioned(picture, caption) if caption else picture
+
+
+def enlargement(image: np.ndarray, least: int) -> int:
+    return max(1, -(-least // max(image.shape[:2])))
 
 
 def shifted(mask: np.ndarray, step: int, axis: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Data sets, pictures and batches.
 
-`shapes` and `shapes-shift` are drawn here; `refcoco`, `refcoco+`, `refcocog_umd`, `refcocog_google` and `refclef` are
-read in REFER's layout (any folder in that layout works):
+`shapes` and `shapes-shift` are drawn here; `refcoco`, `refcoco+`, `refcocog_umd`, `refcocog_google`, `refclef` and
+`refclef_unc` (ReferItGame) are read in REFER's layout (any folder in that layout works):
 
     DATA_ROOT/refcoco/refs(unc).p        DATA_ROOT/refcoco/instances.json        (refcoco+, refcocog, refclef likewise)
     DATA_ROOT/images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
@@ -13,19 +13,23 @@ A source (Shapes, Refer) knows objects and reads one as a Record; TrainSet and E
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
-from collections.abc import Sequence
+import re
+import shutil
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -37,6 +41,7 @@ REFER_FILES = {  # data set -> folder, refs file, splits
     "refcocog_umd": ("refcocog", "refs(umd).p", ("train", "val", "test")),
     "refcocog_google": ("refcocog", "refs(google).p", ("train", "val")),
     "refclef": ("refclef", "refs(berkeley).p", ("train", "val", "test")),
+    "refclef_unc": ("refclef", "refs(unc).p", ("train", "val", "testA", "testB", "testC")),
 }
 SHAPE_SETS = ("shapes", "shapes-shift")
 SPLITS = {name: ("train", "val", "testA", "testB") for name in SHAPE_SETS} | {k: v[2] for k, v in REFER_FILES.items()}
@@ -49,7 +54,7 @@ class Record:
 
     image: np.ndarray             # (H, W, 3) uint8, RGB
     mask: np.ndarray              # (H, W) bool
-    box: tuple[float, float, float, float]  # of the mask: x1, y1, x2, y2 in pixels, x2 and y2 one past the last
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2 in pixels: the annotation's or else the mask's
     sentences: tuple[str, ...]
     image_id: int
     ref_id: int
@@ -126,21 +131,26 @@ def content_box(size: tuple[int, int], pre: Preprocess) -> tuple[int, int, int, 
     return (pre.size - h) // 2, (pre.size - w) // 2, h, w
 
 
-def to_canvas(image: np.ndarray, pre: Preprocess) -> Tensor:
-    """(H, W, 3) uint8 -> (3, S, S) float32, normalised."""
-    top, left, h, w = content_box(image.shape[:2], pre)
+Place = tuple[int, int, int, int]  # top, left, height and width of a picture on the canvas
+
+
+def to_canvas(image: np.ndarray, pre: Preprocess, place: Place | None = None) -> Tensor:
+    """(H, W, 3) uint8 -> (3, S, S) float32, normalised; (4, S, S) with the padding as a channel."""
+    top, left, h, w = place or content_box(image.shape[:2], pre)
     if image.shape[:2] != (h, w):
         how = Image.Resampling.BICUBIC if pre.interpolation == "bicubic" else Image.Resampling.BILINEAR
         image = np.asarray(Image.fromarray(image).resize((w, h), how))
     mean, std = (np.array(v, dtype=np.float32) for v in (pre.mean, pre.std))
-    canvas = np.zeros((pre.size, pre.size, 3), dtype=np.float32)  # 0 is the mean colour
-    canvas[top:top + h, left:left + w] = (image / np.float32(255) - mean) / std
+    canvas = np.zeros((pre.size, pre.size, 4 if pre.pad_channel else 3), dtype=np.float32)  # 0 is the mean colour
+    canvas[:, :, 3:] = 1
+    canvas[top:top + h, left:left + w, :3] = (image / np.float32(255) - mean) / std
+    canvas[top:top + h, left:left + w, 3:] = 0
     return torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1)))
 
 
-def mask_to_canvas(mask: np.ndarray, pre: Preprocess) -> Tensor:
+def mask_to_canvas(mask: np.ndarray, pre: Preprocess, place: Place | None = None) -> Tensor:
     """(H, W) bool -> (S, S) float32 of 0 and 1."""
-    top, left, h, w = content_box(mask.shape, pre)
+    top, left, h, w = place or content_box(mask.shape, pre)
     if mask.shape != (h, w):
         mask = np.asarray(Image.fromarray(mask).resize((w, h), Image.Resampling.NEAREST))
     canvas = torch.zeros(pre.size, pre.size)
@@ -160,32 +170,132 @@ def from_canvas(logits: Tensor, size: tuple[int, int], pre: Preprocess) -> Tenso
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)[0, 0]
 
 
+def box_to_canvas(box: Sequence[float], size: tuple[int, int], pre: Preprocess, place: Place | None = None) -> Tensor:
+    """x1, y1, x2, y2 in pixels of (H, W) -> centre x, centre y, width and height in sides of the canvas (4,)."""
+    top, left, h, w = place or content_box(size, pre)
+    (x1, x2), (y1, y2) = ([start + v * side / full for v in vs] for start, side, full, vs in
+                          ((left, w, size[1], box[::2]), (top, h, size[0], box[1::2])))
+    return torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dtype=torch.float32) / pre.size
+
+
+def box_from_canvas(box: Tensor, size: tuple[int, int], pre: Preprocess) -> tuple[float, float, float, float]:
+    """The way back: (4,) in sides of the canvas -> x1, y1, x2, y2 in pixels of the picture, and inside it."""
+    top, left, h, w = content_box(size, pre)
+    x, y, bw, bh = (box.double() * pre.size).tolist()
+    corners = ((x - bw / 2 - left) * size[1] / w, (y - bh / 2 - top) * size[0] / h,
+               (x + bw / 2 - left) * size[1] / w, (y + bh / 2 - top) * size[0] / h)
+    return tuple(min(max(v, 0.0), float(size[1 - k % 2])) for k, v in enumerate(corners))
+
+
+# Augmentation, as TransVG (Deng et al., ICCV 2021), in sides of the canvas
+
+SCALES = tuple(k / 20 for k in range(14, 21))  # of the longer side
+SHORT_SIDES, CROP_SIDES = (0.625, 0.78125, 0.9375), (0.6, 0.9375)
+PLACE = re.compile(r"\b((left|right|top|bottom|upper|lower)(most)?|middle|cent(er|re)|highest|lowest|corner|edge)\b",
+                   re.IGNORECASE)
+SIDE = re.compile(r"\b(left|right)(?=(most|hand|side|wards?)?\b)", re.IGNORECASE)
+
+
+def mirrored(sentence: str) -> str:
+    """The sentence with left and right swapped, as words ("bright", "copyright" and "lefty" stay)."""
+    def other(m: re.Match) -> str:
+        word = "right" if m[1].lower() == "left" else "left"
+        return word.upper() if m[1].isupper() else word.capitalize() if m[1][0].isupper() else word
+
+    return SIDE.sub(other, sentence)
+
+
+def crop_window(size: tuple[int, int], box: Sequence[float], side: int, rng: np.random.Generator) -> Place:
+    """A window (top, left, height, width) of a picture (H, W) that has the centre of the box inside; the whole picture
+    after 20 failures. Its sides are 0.6 to 0.9375 of the canvas where the picture's shorter is one of SHORT_SIDES."""
+    h, w = size
+    scale = rng.choice(SHORT_SIDES) * side / min(h, w)
+    low, high = (s * side / scale for s in CROP_SIDES)
+    for _ in range(20):
+        ch, cw = (min(n, max(1, round(rng.uniform(low, min(n, high))))) for n in (h, w))
+        top, left = int(rng.integers(h - ch + 1)), int(rng.integers(w - cw + 1))
+        if left < (box[0] + box[2]) / 2 < left + cw and top < (box[1] + box[3]) / 2 < top + ch:
+            return top, left, ch, cw
+    return 0, 0, h, w
+
+
+def jittered(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast and saturation, each times 0.6 to 1.4, in any order; 4 of 5 pictures."""
+    if rng.random() < 0.2:
+        return image
+    picture = Image.fromarray(image)
+    for k in rng.permutation(3):
+        kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[k]
+        picture = kind(picture).enhance(rng.uniform(0.6, 1.4))
+    return np.asarray(picture)
+
+
+def augment(image: np.ndarray, mask: np.ndarray, box: Sequence[float], sentence: str, pre: Preprocess,
+            rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, tuple, str, Place]:
+    """Another picture of the same object: (image, mask, box, sentence, place on the canvas).
+
+    It is cropped only where the sentence has no word for a place in the picture, and mirrored along with the sentence.
+    """
+    if rng.random() < 0.5 and not PLACE.search(sentence):
+        top, left, h, w = crop_window(image.shape[:2], box, pre.size, rng)
+        image, mask = (a[top:top + h, left:left + w] for a in (image, mask))
+        box = (max(box[0] - left, 0), max(box[1] - top, 0), min(box[2] - left, w), min(box[3] - top, h))
+    image = jittered(np.ascontiguousarray(image), rng)
+    h, w = image.shape[:2]
+    if rng.random() < 0.5:
+        image, mask, box = image[:, ::-1].copy(), mask[:, ::-1], (w - box[2], box[1], w - box[0], box[3])
+        sentence = mirrored(sentence)
+    scale = rng.choice(SCALES) * pre.size / max(h, w)
+    h, w = (min(pre.size, max(1, round(n * scale))) for n in (h, w))
+    place = int(rng.integers(pre.size - h + 1)), int(rng.integers(pre.size - w + 1)), h, w
+    return image, np.ascontiguousarray(mask), box, sentence, place
+
+
 # Batches
 
 
 class TrainSet(Dataset):
-    """Items for training. An index is (epoch, object): the sentence that is drawn depends on both, the seed and nothing
-    else, so neither the number of workers nor an interruption changes what is learnt."""
+    """Items for training. An index is (epoch, number): what is drawn depends on both, the seed and nothing else, so
+    neither the number of workers nor an interruption changes what is learnt.
 
-    def __init__(self, source: Shapes | Refer, preprocess: Preprocess, seed: int = 0):
-        self.source, self.preprocess, self.seed = source, preprocess, seed
+    An item is an object with one of its sentences, or with `every_sentence` an object and a sentence. `features` has
+    what a frozen encoder gives for a picture, in the picture's place.
+    """
+
+    def __init__(self, source: Shapes | Refer, preprocess: Preprocess, seed: int = 0, every_sentence: bool = False,
+                 features: FeatureCache | None = None):
+        self.source, self.preprocess, self.seed, self.features = source, preprocess, seed, features
+        self.pairs = [(i, j) for i in range(len(source)) for j in (
+            range(source.count(i)) if every_sentence else [None])]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
 
     def __getitem__(self, index: tuple[int, int]) -> dict:
-        epoch, i = index
+        epoch, n = index
+        (i, which), pre, place = self.pairs[n], self.preprocess, None
+        rng, sentences = np.random.default_rng([self.seed, epoch, n]), self.source.sentences(i)
+        if which is None:
+            which = int(rng.integers(len(sentences))) if len(sentences) > 1 else 0
+        about = dict(sentence=sentences[which], id=self.source.describe(i))
+        if self.features is not None:
+            box = box_to_canvas(self.source.box(i), self.source.shape(i), pre)
+            return about | dict(image=self.features[self.source.picture(i)], box=box)
         record = self.source.read(i)
-        which = 0
-        if len(record.sentences) > 1:
-            which = int(np.random.default_rng([self.seed, epoch, i]).integers(len(record.sentences)))
-        return dict(image=to_canvas(record.image, self.preprocess), mask=mask_to_canvas(record.mask, self.preprocess),
-                    sentence=record.sentences[which], id=self.source.describe(i))
+        image, mask, box = record.image, record.mask, record.box
+        if pre.augment:
+            image, mask, box, about["sentence"], place = augment(image, mask, box, about["sentence"], pre, rng)
+        return about | dict(image=to_canvas(image, pre, place), mask=mask_to_canvas(mask, pre, place),
+                            box=box_to_canvas(box, image.shape[:2], pre, place))
 
 
 class EvalSet(Dataset):
-    """Items for evaluation: every sentence of every object, the mask at the photograph's own size."""
+    """Items for evaluation: every sentence of every object, or the first `most`, the mask at the photograph's own
+    size."""
 
-    def __init__(self, source: Shapes | Refer, preprocess: Preprocess):
+    def __init__(self, source: Shapes | Refer, preprocess: Preprocess, most: int | None = None):
         self.source, self.preprocess = source, preprocess
-        self.pairs = [(i, j) for i in range(len(source)) for j in range(len(source.sentences(i)))]
+        self.pairs = [(i, j) for i in range(len(source)) for j in range(source.count(i))][:most]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -203,9 +313,82 @@ class EvalSet(Dataset):
                     sentence=record.sentences[j], index=k, id=self.source.describe(i))
 
 
+class PictureSet(Dataset):
+    """The same for evaluation where a picture is encoded once: every picture with all of its expressions."""
+
+    def __init__(self, items: EvalSet):
+        self.source, self.preprocess, self.pairs, pictures = items.source, items.preprocess, items.pairs, {}
+        for k, (i, _) in enumerate(items.pairs):
+            pictures.setdefault(self.source.picture(i), []).append(k)
+        self.pictures = list(pictures.values())  # the expressions of each
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, n: int) -> dict:
+        objects = [self.pairs[k][0] for k in self.pictures[n]]
+        image = self.source.read(objects[0]).image
+        return dict(image=to_canvas(image, self.preprocess), size=image.shape[:2], index=self.pictures[n],
+                    boxes=[self.source.box(i) for i in objects])
+
+
+class FeatureCache:
+    """What a frozen encoder gives for each picture of a source, made once: cache[picture].
+
+    In memory, or in a file of `folder` that the next run with the same towers, pictures and sizes finds. Raises
+    UserError where it would not fit.
+    """
+
+    def __init__(self, source: Shapes | Refer, pre: Preprocess, encode: Callable[[Tensor], NamedTuple],
+                 folder: str | None, towers: str, say: Callable[[str], None] = print):
+        first = {}  # of each picture, an object that is in it
+        for i in range(len(source)):
+            first.setdefault(source.picture(i), i)
+        self.rows = {picture: row for row, picture in enumerate(first)}
+        make = (encode(to_canvas(source.read(i).image, pre)[None]) for i in first.values())
+        one = next(make)
+        self.kind = type(one)
+        row = np.dtype([(name, v[0].cpu().numpy().dtype, v.shape[1:]) for name, v in one._asdict().items()])
+        need = len(first) * row.itemsize
+        key = hashlib.sha256(f"{towers} {source.identity()} {pre} {row}".encode()).hexdigest()[:16]
+        file = Path(folder or ".") / f"{source.name}-{source.split}-{key}.features"
+        size = f"features of {len(first):,} pictures, {need / 2**30:.2f} GiB"
+        if folder and file.is_file() and file.stat().st_size == need:
+            say(f"{size}, are in {file}")
+        else:
+            say(f"{size}, go to {file if folder else 'memory'} ...")
+            free = free_space(file.parent) if folder else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            if need > free:
+                raise UserError(f"--cache-features {folder or 'memory'}: {size}, but {free / 2**30:.2f} GiB are free"
+                                + ("." if folder else "; a folder in the place of memory may hold them."))
+            rows = (np.array([tuple(v[0].cpu().numpy() for v in e)], row) for e in itertools.chain([one], make))
+            if folder:
+                with writing(file) as temporary, open(temporary, "wb") as f:
+                    f.writelines(r.tobytes() for r in rows)
+            else:
+                self.data = np.concatenate(list(rows))
+        if folder:
+            self.data = np.memmap(file, row, "r")
+
+    def __getitem__(self, picture) -> NamedTuple:
+        row = self.data[self.rows[picture]]
+        return self.kind(*(torch.from_numpy(np.array(row[n])) for n in self.data.dtype.names))
+
+
+def free_space(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def collate(items: list[dict]) -> dict:
-    """Tensors of one size are stacked, everything else is a list."""
-    return {k: torch.stack([item[k] for item in items]) if k in ("image", "mask") else [item[k] for item in items]
+    """Tensors of one size, and tuples of such tensors, are stacked; everything else is a list."""
+    def stacked(values: list):
+        if isinstance(values[0], Tensor):
+            return torch.stack(values)
+        return type(values[0])(*map(torch.stack, zip(*values)))
+
+    return {k: stacked([item[k] for item in items]) if k in ("image", "mask", "box") else [item[k] for item in items]
             for k in items[0]}
 
 
@@ -285,6 +468,23 @@ class Shapes:
 
     def sentences(self, i: int) -> tuple[str, ...]:
         return (self.scene(i // 2)[1][i % 2].sentence,)
+
+    def count(self, i: int) -> int:
+        """How many sentences it has."""
+        return 1
+
+    def picture(self, i: int) -> int:
+        return i // 2
+
+    def shape(self, i: int) -> tuple[int, int]:
+        return self.size, self.size
+
+    def box(self, i: int) -> tuple[float, float, float, float]:
+        return self.read(i).box
+
+    def identity(self) -> str:
+        """What its pictures are made of."""
+        return f"{self.name} {self.split} {self.seed} {self.size} {self.images}"
 
     def describe(self, i: int) -> str:
         return f"{self.name}/{self.split} picture {i // 2} object {i % 2}"
@@ -459,7 +659,8 @@ class Refer:
         for file in self.refs_file, self.instances_file:
             if not file.is_file():
                 raise UserError(f"{file} is missing: {name} needs {folder}/{refs_name} and {folder}/instances.json.")
-        under = ("saiapr_tc-12",) if name == "refclef" else ("mscoco/images/train2014", "train2014", "train2017")
+        mscoco = "mscoco/images/train2014", "train2014", "train2017"
+        under = ("saiapr_tc-12",) if name.startswith("refclef") else mscoco
         tried = [root / p for u in under for p in (f"images/{u}", u)]
         self.image_folder = next((p for p in tried if p.is_dir()), None)
         if self.image_folder is None:
@@ -477,6 +678,26 @@ class Refer:
     def sentences(self, i: int) -> tuple[str, ...]:
         return tuple(self.entries[i]["sentences"])
 
+    def count(self, i: int) -> int:
+        return len(self.entries[i]["sentences"])
+
+    def picture(self, i: int) -> int:
+        return self.entries[i]["image_id"]
+
+    def shape(self, i: int) -> tuple[int, int]:
+        return self.entries[i]["height"], self.entries[i]["width"]
+
+    def box(self, i: int) -> tuple[float, float, float, float]:
+        return tuple(self.entries[i]["box"] or box_of(self.mask(i)))
+
+    def mask(self, i: int) -> np.ndarray:
+        e = self.entries[i]
+        return decode_mask(e, f"{self.instances_file}: annotation {e['ann_id']} of ref {e['ref_id']}")
+
+    def identity(self) -> str:
+        """What its pictures are."""
+        return f"{self.name} {self.split} {self.image_folder.resolve()} {[e['file'] for e in self.entries]}"
+
     def describe(self, i: int) -> str:
         e = self.entries[i]
         return f"{self.name}/{self.split} ref {e['ref_id']} ({e['file']})"
@@ -491,8 +712,9 @@ class Refer:
             image = read_image(path, (e["height"], e["width"]))
         except UserError as error:
             raise UserError(f"{self.name}/{self.split} ref {e['ref_id']}: {error}") from None
-        mask = decode_mask(e, f"{self.instances_file}: annotation {e['ann_id']} of ref {e['ref_id']}")
-        return Record(image, mask, box_of(mask), tuple(e["sentences"]), e["image_id"], e["ref_id"], e["file"])
+        mask = self.mask(i)
+        return Record(image, mask, tuple(e["box"] or box_of(mask)), tuple(e["sentences"]), e["image_id"], e["ref_id"],
+                      e["file"])
 
 
 def decode_mask(entry: dict, where: str) -> np.ndarray:
@@ -578,7 +800,7 @@ def read_refs(path: Path) -> list[dict]:
 
 def build_index(name: str, refs_file: Path, instances_file: Path) -> list[dict]:
     """One plain dict for each ref. Kept in a cache folder of ours until a source file changes."""
-    stamp = [1, *(n for f in (refs_file, instances_file) for n in (f.stat().st_size, f.stat().st_mtime_ns))]
+    stamp = [2, *(n for f in (refs_file, instances_file) for n in (f.stat().st_size, f.stat().st_mtime_ns))]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refpapers"
     key = hashlib.sha256(f"{refs_file.resolve()}\n{instances_file.resolve()}".encode()).hexdigest()[:16]
     cache = folder / f"{name}-{key}.json"
@@ -632,6 +854,12 @@ def index_entry(ref: dict, annotations: dict, images: dict, where: str, instance
         raise UserError(f"{instances_file}: image {photo['id']}: {file!r} is not a bare file name.")
     if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
         raise UserError(f"{where}: a sentence is empty; remove it or write it.")
+    box = annotation.get("bbox")  # x, y, width, height
+    if box is not None:
+        x, y, w, h = map(float, box)
+        box = [max(x, 0.0), max(y, 0.0), min(x + w, float(photo["width"])), min(y + h, float(photo["height"]))]
+        if not (box[0] < box[2] and box[1] < box[3]):
+            raise UserError(f"{where}: its box {annotation['bbox']} has no area on the photograph; mend or remove it.")
     return dict(ref_id=int(ref["ref_id"]), ann_id=int(ref["ann_id"]), image_id=int(ref["image_id"]), file=file,
                 split=ref["split"], sentences=[s.strip() for s in sentences], height=int(photo["height"]),
-                width=int(photo["width"]), segmentation=annotation["segmentation"])
+                width=int(photo["width"]), segmentation=annotation["segmentation"], box=box)

@@ -105,6 +105,7 @@ class Config:
     decoder_position: Literal["attention", "content"] = "attention"  # queries and keys; content: the map itself too
     threshold: float = 0.35                 # on the sigmoid, as CRIS and DETRIS
     # training (Sec. 4.2)
+    every_sentence: bool = False            # in an epoch; else one of each object, as CRIS
     epochs: int = 50
     steps: int = 0                          # 0: as many as the epochs have
     batch_size: int = 32                    # of all processes together
@@ -385,6 +386,8 @@ class Projector(nn.Module):
 class DCRIS(nn.Module):
     """The whole model: frozen towers, adapters, head. `c` comes from config(); `weights` is "pretrained", "random",
     or comma-separated files of the towers. Raises UserError where weights are missing or do not fit."""
+
+    task = "mask"
 
     def __init__(self, c: Config, weights: str = "random"):
         super().__init__()

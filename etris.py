@@ -114,6 +114,7 @@ class Config:
     decoder_position: Literal["attention", "content"] = "attention"  # queries and keys; content: the normed map too
     threshold: float = 0.35                 # Sec. 4.2, on the sigmoid
     # training (Sec. 4.2)
+    every_sentence: bool = False            # in an epoch; else one of each object, as CRIS
     epochs: int = 50
     steps: int = 0                          # 0: as many as the epochs have
     batch_size: int = 32                    # of all processes together
@@ -443,6 +444,8 @@ class Projector(nn.Module):
 class ETRIS(nn.Module):
     """The whole model: frozen CLIP, Bridgers, head. `c` comes from config(); `weights` is "pretrained", "random", or
     a file of CLIP's. Raises UserError where weights are missing or do not fit."""
+
+    task = "mask"
 
     def __init__(self, c: Config, weights: str = "random"):
         super().__init__()

@@ -16,6 +16,7 @@ import importlib
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ import common
 import data
 from common import Process, UserError
 
-METHODS = ("dcris", "etris")
+METHODS = ("dcris", "etris", "m2ist")
+MAIN_METRIC = dict(mask="mIoU", box="Acc@0.5")  # what the best step is chosen by
 
 
 def load_method(name: str):
@@ -54,47 +56,74 @@ def load_run(ckpt: str, weights: str | None, process: Process) -> tuple[torch.nn
     return model.to(process.device).eval(), info
 
 
-class Sentences(Dataset):
-    """An EvalSet whose pictures get the sentences of others, for the language-blind figure."""
-
-    def __init__(self, items: data.EvalSet, sentences: list[str], seed: int = 0):
-        order = np.random.default_rng(seed).permutation(len(items))
-        self.items, self.sentences = items, sentences
-        self.other = np.empty(len(items), dtype=int)
-        self.other[order] = np.roll(order, 1)  # one cycle through all: nobody keeps their own
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, k: int) -> dict:
-        return self.items[k] | dict(sentence=self.sentences[self.other[k]])
+def others_sentences(sentences: list[str], seed: int = 0) -> list[str]:
+    """Each expression gets another's sentence, for the language-blind figure."""
+    order, out = np.random.default_rng(seed).permutation(len(sentences)), list(sentences)
+    for k, other in zip(order, np.roll(order, 1)):  # one cycle through all: nobody keeps their own
+        out[k] = sentences[other]
+    return out
 
 
 @torch.no_grad()
-def evaluate_split(model, source, process: Process, batch_size: int = 16, workers: int = 0,
-                   shuffle_text: bool = False, most: int | None = None) -> dict:
-    """Metrics of a split (see common.mask_metrics), or of its first `most` sentences.
+def evaluate_split(model, source, process: Process, batch_size: int = 16, workers: int = 0, shuffle_text: bool = False,
+                   most: int | None = None, share: bool = True) -> dict:
+    """Metrics of a split (see common.mask_metrics and box_metrics), or of its first `most` sentences.
 
-    They are the same on every process and for any number of processes.
+    They are the same on every process, for any number of processes, and with and without `share`: whether a picture is
+    encoded once for all its sentences, where a method can.
     """
-    items = data.EvalSet(source, model.preprocess)
-    n = min(len(items), len(items) if most is None else most)
-    shown = Sentences(items, items.sentences()) if shuffle_text else items
-    # whole batches are dealt out, so that a batch is the same whoever computes it
-    batches = [range(b, min(b + batch_size, n)) for b in range(0, n, batch_size)][process.rank::process.world]
-    mine = [k for b in batches for k in b]
-    loader = DataLoader(Subset(shown, mine), batch_size, collate_fn=data.collate, num_workers=workers)
-    was_training, rows = model.training, []
+    items = data.EvalSet(source, model.preprocess, most)
+    sentences = items.sentences()
+    if shuffle_text:
+        sentences = others_sentences(sentences)
+    was_training = model.training
     model.eval()
-    for batch in tqdm(loader, desc=source.split, leave=False, disable=process.rank > 0 or not sys.stderr.isatty()):
-        logits = model(batch["image"].to(process.device), model.tokenize(batch["sentence"]).to(process.device))
-        for k, one, truth in zip(batch["index"], logits.float().cpu(), batch["truth"]):
-            mask = predicted_mask(one[0], truth.shape, model)
-            rows.append((k, *common.intersection_union(mask, truth)))
+    if hasattr(model, "image_features"):
+        rows = answers_by_picture(model, items, sentences, process, batch_size, workers, share)
+    else:
+        rows = answers(model, items, sentences, process, batch_size, workers)
+    rows = sorted(row for part in process.gather(list(rows)) for row in part)
     model.train(was_training)
-    rows = sorted(row for part in process.gather(rows) for row in part)
-    assert [k for k, _, _ in rows] == list(range(n)), f"{source.name} {source.split}: not every sentence counted once"
-    return common.mask_metrics([(i, u) for _, i, u in rows])
+    assert [k for k, _ in rows] == list(range(len(items))), f"{source.name} {source.split}: not every sentence counted once"
+    return (common.mask_metrics if model.task == "mask" else common.box_metrics)([score for _, score in rows])
+
+
+def progress(loader: DataLoader, items: data.EvalSet, process: Process):
+    return tqdm(loader, desc=items.source.split, leave=False, disable=process.rank > 0 or not sys.stderr.isatty())
+
+
+def answers(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int, workers: int):
+    """(number, (intersection, union)) of this process's share of the expressions."""
+    # whole batches are dealt out, so that a batch is the same whoever computes it
+    batches = [range(b, min(b + batch_size, len(items))) for b in range(0, len(items), batch_size)]
+    mine = [k for b in batches[process.rank::process.world] for k in b]
+    loader = DataLoader(Subset(items, mine), batch_size, collate_fn=data.collate, num_workers=workers)
+    for batch in progress(loader, items, process):
+        tokens = model.tokenize([sentences[k] for k in batch["index"]])
+        logits = model(batch["image"].to(process.device), tokens.to(process.device))
+        for k, one, truth in zip(batch["index"], logits.float().cpu(), batch["truth"]):
+            yield k, common.intersection_union(predicted_mask(one[0], truth.shape, model), truth)
+
+
+def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int, workers: int,
+                       share: bool):
+    """(number, IoU of boxes) of this process's share of the pictures. Each is encoded alone, once or for each of its
+    sentences, so that the figures are the same to the last bit."""
+    pictures = data.PictureSet(items)
+    mine = Subset(pictures, range(process.rank, len(pictures), process.world))
+    for p in progress(DataLoader(mine, None, num_workers=workers), items, process):
+        image = torch.as_tensor(p["image"])[None].to(process.device)
+        features = model.image_features(image)
+        for b in range(0, len(p["index"]), batch_size):
+            some = p["index"][b:b + batch_size]
+            tokens = model.tokenize([sentences[k] for k in some]).to(process.device)
+            if share:
+                vision = features.repeat(len(some))
+            else:
+                vision = type(features)(*map(torch.cat, zip(*(model.image_features(image) for _ in some))))
+            boxes = model(vision, tokens).float().cpu()
+            for k, box, truth in zip(some, boxes, p["boxes"][b:b + batch_size]):
+                yield k, common.box_iou(data.box_from_canvas(box, p["size"], model.preprocess), truth)
 
 
 def predicted_mask(logits: torch.Tensor, size: tuple[int, int], model, threshold: float | None = None) -> torch.Tensor:
@@ -119,6 +148,23 @@ def write_result(file: str | None, value) -> None:
         common.write_json(file, value)
 
 
+def measure_split(model, source, process: Process, args: argparse.Namespace) -> dict:
+    """Metrics, and with --share compare the seconds that they take either way."""
+    took = {}
+    for share in dict(on=[True], off=[False], compare=[False, True])[args.share]:
+        begin = time.perf_counter()
+        row = evaluate_split(model, source, process, args.batch_size, args.workers, args.shuffle_text, share=share)
+        took[share] = time.perf_counter() - begin, row
+    if len(took) == 2:
+        (apart, other), (once, row) = took[False], took[True]
+        assert row == other, f"{row} with sharing, {other} without"
+        pictures = len({source.picture(i) for i in range(len(source))})
+        process.say(f"{source.split}: {row['n']} sentences about {pictures} pictures in {apart:.1f} s where each sentence's "
+                    f"picture is encoded, in {once:.1f} s where each picture is encoded once: {apart / once:.2f} times as "
+                    "fast, and the same figures")
+    return row
+
+
 def measure(args: argparse.Namespace, process: Process) -> None:
     model, info = load_run(args.ckpt, args.weights, process)
     name = args.dataset or info["dataset"]
@@ -127,11 +173,15 @@ def measure(args: argparse.Namespace, process: Process) -> None:
     if args.split == "all":
         splits = [s for s in data.SPLITS.get(name, ("val",)) if s != "train"]
     rows, sources = [], [data.open_dataset(name, split, root, info["seed"]) for split in splits]
+    leak = common.leak(load_method(info["method"]), args.weights or info["weights"], name)
+    if leak:
+        process.say(leak)
     for split, source in zip(splits, sources):
         about = dict(method=info["method"], backbone=info["config"]["backbone"], dataset=name, split=split)
         if args.shuffle_text:
             about["text"] = "shuffled"
-        rows.append(about | evaluate_split(model, source, process, args.batch_size, args.workers, args.shuffle_text))
+        row = measure_split(model, source, process, args)
+        rows.append(about | row | (dict(leak=leak) if leak else {}))
     if process.rank == 0:
         if args.json != "-":
             print_table(rows)
@@ -143,16 +193,18 @@ def measure(args: argparse.Namespace, process: Process) -> None:
 @torch.no_grad()
 def draw_examples(file: str, model, source, count: int) -> None:
     """A sheet of `count` expressions spread over a split: prediction above truth, sentence and IoU."""
-    items, pictures, device = data.EvalSet(source, model.preprocess), [], next(model.parameters()).device
+    items, pictures = data.EvalSet(source, model.preprocess), []
     for k in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int):
-        item = items[int(k)]
-        logits = model(item["image"][None].to(device), model.tokenize([item["sentence"]]).to(device))[0, 0]
-        truth = item["truth"]
-        mask = predicted_mask(logits.float().cpu(), truth.shape, model)
-        i, u = common.intersection_union(mask, truth)
-        photo = items.record(int(k)).image
-        pair = [common.overlay(photo, m.numpy(), text, least=320) for m, text in
-                ((mask, f"{item['sentence']} (IoU {100 * i / max(u, 1):.0f})"), (truth, "truth"))]
+        sentence, record = items.sentences()[k], items.record(int(k))
+        answer = ask(model, record.image, sentence)
+        if model.task == "mask":
+            truth, draw = record.mask, common.overlay
+            i, u = common.intersection_union(*map(torch.from_numpy, (answer["mask"], truth)))
+            iou = i / max(u, 1)
+        else:
+            truth, draw, iou = record.box, common.overlay_box, common.box_iou(answer["box"], record.box)
+        pair = [draw(record.image, what, text, least=320) for what, text in
+                ((answer[model.task], f"{sentence} (IoU {100 * iou:.0f})"), (truth, "truth"))]
         for picture in pair:
             picture.thumbnail((480, 480))
         pictures.append(common.grid(pair, columns=1))
@@ -161,29 +213,42 @@ def draw_examples(file: str, model, source, count: int) -> None:
 
 
 @torch.no_grad()
+def ask(model, image: np.ndarray, sentence: str, threshold: float | None = None) -> dict:
+    """What a model says of one picture (H, W, 3) and one sentence: its box in pixels, or its mask (H, W) with
+    threshold, area, the box around it (None for an empty one) and mean confidence."""
+    device, pre = next(model.parameters()).device, model.preprocess
+    output = model(data.to_canvas(image, pre)[None].to(device), model.tokenize([sentence]).to(device))[0].float().cpu()
+    if model.task == "box":
+        return dict(box=[round(v, 2) for v in data.box_from_canvas(output, image.shape[:2], pre)])
+    threshold = model.c.threshold if threshold is None else threshold
+    mask = predicted_mask(output[0], image.shape[:2], model, threshold).numpy()
+    probability = data.from_canvas(output[0], image.shape[:2], pre).sigmoid().numpy()
+    return dict(mask=mask, area=int(mask.sum()), box=[int(v) for v in data.box_of(mask)] if mask.any() else None,
+                confidence=round(float(probability[mask].mean()), 4) if mask.any() else None, threshold=threshold)
+
+
 def predict(args: argparse.Namespace, process: Process) -> None:
     """One picture and one sentence."""
     sentence = data.check_sentence(args.text)
     image = data.read_image(args.image)
     model, info = load_run(args.ckpt, args.weights, process)
-    canvas = data.to_canvas(image, model.preprocess)[None].to(process.device)
-    logits = model(canvas, model.tokenize([sentence]).to(process.device))[0, 0].float().cpu()
-    threshold = model.c.threshold if args.threshold is None else args.threshold
-    probability = data.from_canvas(logits, image.shape[:2], model.preprocess).sigmoid().numpy()
-    mask = predicted_mask(logits, image.shape[:2], model, threshold).numpy()
-    box = [int(v) for v in data.box_of(mask)] if mask.any() else None
+    if model.task == "box" and (args.mask or args.threshold is not None):
+        raise UserError(f"--{'mask' if args.mask else 'threshold'}: {info['method']} answers with a box, not with a mask.")
+    answer = ask(model, image, sentence, args.threshold)
     out = Path(args.out or Path(args.image).stem + "_" + info["method"] + ".png")
-    mask_out = Path(args.mask or out.with_name(out.stem + "_mask.png"))
+    drawn = common.overlay if model.task == "mask" else common.overlay_box
     with common.writing(out) as temporary:
-        common.overlay(image, mask, sentence).save(temporary, format=picture_format(out))
-    with common.writing(mask_out) as temporary:
-        Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
-    result = dict(image=args.image, text=sentence, width=image.shape[1], height=image.shape[0], area=int(mask.sum()),
-                  box=box, confidence=round(float(probability[mask].mean()), 4) if mask.any() else None,
-                  threshold=threshold, overlay=str(out), mask=str(mask_out), method=info["method"])
+        drawn(image, answer[model.task], sentence).save(temporary, format=picture_format(out))
+    result = dict(image=args.image, text=sentence, width=image.shape[1], height=image.shape[0], overlay=str(out),
+                  method=info["method"]) | answer
+    found = f"box {answer['box']}"
+    if model.task == "mask":
+        result["mask"] = str(args.mask or out.with_name(out.stem + "_mask.png"))
+        with common.writing(result["mask"]) as temporary:
+            Image.fromarray(answer["mask"].astype(np.uint8) * 255).save(temporary, format="PNG")
+        found = f"{answer['area']} pixels, {found}, mean confidence {answer['confidence']}" if answer["box"] else "nothing"
     if args.json != "-":
-        found = f"{result['area']} pixels, box {box}, mean confidence {result['confidence']}" if box else "nothing"
-        print(f"{sentence!r}: {found}. Drawn: {out}, mask: {mask_out}")
+        print(f"{sentence!r}: {found}. Drawn: {out}" + (f", mask: {result['mask']}" if "mask" in result else ""))
     write_result(args.json, result)
 
 
@@ -199,24 +264,34 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
     rows = []
     for name in [args.method] if args.method else METHODS:
         method = load_method(name)
-        flags = common.config_flags(args, method.Config)
         for backbone in [args.backbone] if args.backbone else method.BACKBONES:
-            names = dict(backbone=backbone, variant=args.variant or method.VARIANTS[0], dataset="refcoco")
-            c = method.config(**names, tune=args.tune or method.TUNES[0], **flags)
-            process.say(f"building {name} {backbone} with random weights ...")
-            model = common.build(method, c, "random", 0).to(process.device)
-            about = dict(method=name, backbone=backbone, variant=names["variant"], tune=c.tune,
-                         image_size=model.preprocess.size)
-            row = about | common.efficiency(model) | dict(paper=method.printed(c))
-            rows.append(row)
+            for flags in varied(args, method):
+                c = method.config(backbone, args.variant or method.VARIANTS[0], "refcoco", **flags)
+                process.say(f"building {name} {backbone} with random weights ...")
+                model = common.build(method, c, "random", 0).to(process.device)
+                about = dict(method=name, backbone=backbone, variant=c.variant, tune=c.tune)
+                about |= {k: getattr(c, k) for k in args.vary} | dict(image_size=model.preprocess.size)
+                rows.append(about | common.efficiency(model) | dict(paper=method.printed(c)))
     if process.rank == 0:
         if args.json != "-":
-            for row in rows:
-                paper = row.pop("paper")
-                print_table([{k: v for k, v in row.items() if k != "device"}])
-                print(f"  on {row['device']}; 1 multiply-add = 2 FLOPs\n  the paper prints {paper or 'nothing'}\n")
-                row["paper"] = paper
+            for key in dict.fromkeys((row["method"], row["backbone"]) for row in rows):
+                same = [row for row in rows if (row["method"], row["backbone"]) == key]
+                print_table([{k: v for k, v in row.items() if k not in ("device", "paper")} for row in same])
+                print(f"  on {same[0]['device']}; 1 multiply-add = 2 FLOPs")
+                for n, row in enumerate(same, 1):
+                    print(f"  the paper prints{f' for row {n}' if len(same) > 1 else ''} {row['paper'] or 'nothing'}")
+                print()
         write_result(args.json, rows)
+
+
+def varied(args: argparse.Namespace, method) -> list[dict]:
+    """The flags of a configuration, and with --vary also those of one for each other value of these settings."""
+    flags = common.config_flags(args, method.Config) | dict(tune=args.tune or method.TUNES[0])
+    out = [flags]
+    for name in args.vary:
+        values = method.TUNES if name == "tune" else common.choices(method.Config, name)
+        out += [flags | {name: v} for v in values if v != getattr(method.config(**flags), name)]
+    return out
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -229,6 +304,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--split", default="val", help="val, testA, testB, test, train, or all (but train)")
     p.add_argument("--shuffle-text", action="store_true", help="give each picture another's sentence")
     p.add_argument("--workers", type=int, default=0, help="processes that read data")
+    p.add_argument("--share", default="on", choices=("on", "off", "compare"), help="boxes: a picture is encoded once for "
+                   "all its sentences, or for each; compare: both, and their times")
     p.add_argument("--draw", metavar="FILE.png", help="draw predictions over the split's pictures")
     p.add_argument("--draw-count", type=int, default=12)
     p.add_argument("--image", help="a picture of yours, with --text")
@@ -236,6 +313,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--out", metavar="FILE.png", help="the picture with its mask")
     p.add_argument("--mask", metavar="FILE.png", help="the mask alone, in the picture's size")
     p.add_argument("--efficiency", action="store_true", help="parameters, FLOPs, memory, time")
+    p.add_argument("--vary", default=[], type=lambda s: s.replace("-", "_").split(","), metavar="SETTING,...",
+                   help="with --efficiency: a row for each value of tune, insertion, ...")
     p.add_argument("--method", choices=METHODS)
     p.add_argument("--backbone")
     p.add_argument("--variant")
@@ -272,7 +351,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    backbone = common.read_checkpoint(args.ckpt, tensors=False)[0]["config"].get("backbone") if args.ckpt else args.backbone
+    backbone = args.backbone
+    if args.ckpt:
+        backbone = common.read_checkpoint(args.ckpt, tensors=False)[0]["config"].get("backbone")
     process = common.start(tiny=str(backbone).startswith("tiny"), device=args.device)
     if args.efficiency:
         show_efficiency(args, process)

@@ -35,7 +35,7 @@ from tqdm import tqdm
 import common
 import data
 from common import Process, UserError
-from evaluate import METHODS, evaluate_split, load_method
+from evaluate import MAIN_METRIC, METHODS, evaluate_split, load_method
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
@@ -57,6 +57,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
     p.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="auto: off on a CPU")
     p.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after another, to save memory")
     p.add_argument("--workers", type=int, help="processes that read data, for each process that trains")
+    p.add_argument("--cache-features", metavar="memory|FOLDER", help="keep what the frozen encoder gives for each picture "
+                   "(m2ist, with --no-augment)")
     p.add_argument("--log-every", type=int, default=50, help="steps")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     words = sys.argv[1:] if argv is None else argv
@@ -159,6 +161,25 @@ def keep_log(path: Path, last: int) -> None:
         temporary.write_text("".join(lines))
 
 
+def cache_features(args: argparse.Namespace, model, source, frozen: str, process: Process) -> data.FeatureCache | None:
+    """What --cache-features asks for. Raises UserError where features are not frozen, or pictures change."""
+    if not args.cache_features:
+        return None
+    wrong = "that method reads pictures together with the sentence" if not hasattr(model, "image_features") else \
+        "features change while their encoder is trained or has adapters inside" if model.graph else \
+        "pictures change from epoch to epoch; --no-augment leaves them as they are" if model.preprocess.augment else \
+        "it is for one process" if process.world > 1 else ""
+    if wrong:
+        raise UserError(f"--cache-features: {wrong}.")
+
+    @torch.no_grad()
+    def encode(image: torch.Tensor):
+        return model.eval().image_features(image.to(process.device))
+
+    folder = None if args.cache_features == "memory" else args.cache_features
+    return data.FeatureCache(source, model.preprocess, encode, folder, frozen, process.say)
+
+
 def load_resume(path: Path) -> dict:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -187,10 +208,11 @@ def main(argv: list[str] | None = None) -> int:
     # data
     train_source = data.open_dataset(args.dataset, "train", args.data_root, args.seed)
     val_source = data.open_dataset(args.dataset, args.val_split, args.data_root, args.seed)
-    per_epoch = len(train_source) // c.batch_size
+    n = sum(train_source.count(i) for i in range(len(train_source))) if c.every_sentence else len(train_source)
+    per_epoch = n // c.batch_size
     if per_epoch == 0:
-        raise UserError(f"{args.dataset} train has {len(train_source)} objects, fewer than one batch; "
-                        f"--batch-size {len(train_source)} fits.")
+        raise UserError(f"{args.dataset} train has {n} {'sentences' if c.every_sentence else 'objects'}, fewer than one "
+                        f"batch; --batch-size {n} fits.")
     if c.batch_size % (args.accumulate * process.world):
         raise UserError(f"--batch-size {c.batch_size} cannot be shared out to {process.world} processes in "
                         f"{args.accumulate} parts each; a multiple of {args.accumulate * process.world} can.")
@@ -206,6 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     info = dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, frozen=frozen, seed=args.seed,
                 dataset=args.dataset, data_root=args.data_root, val_split=args.val_split, amp=amp,
                 accumulate=args.accumulate, workers=args.workers, processes=process.world, device=str(device),
+                cache_features=args.cache_features, leak=common.leak(method, args.weights, args.dataset),
                 versions=common.versions())
     out = process.first_alone(lambda: open_run(args, info))
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -218,9 +241,11 @@ def main(argv: list[str] | None = None) -> int:
     autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, enabled=amp != "off")
 
     process.say(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: {len(train_source)} objects, "
-                f"{steps} steps of {c.batch_size}, seed {args.seed}, {process.world} x {device}, amp {amp}, to {out}")
+                f"{sum(map(train_source.count, range(len(train_source))))} sentences, {steps} steps of {c.batch_size}, seed {args.seed}, {process.world} x {device}, amp {amp}, to {out}")
     if args.tune_said:
         process.say("the tiny towers are random, so nothing is worth freezing yet: --tune full, everything is trained")
+    if info["leak"]:
+        process.say(info["leak"])
     process.say(f"trained: {common.count(model, True):,} of {common.count(model):,} parameters (--tune {c.tune})")
 
     # resume
@@ -242,9 +267,11 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cuda":
             net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    features = cache_features(args, model, train_source, frozen, process)
     loader = iter(DataLoader(
-        data.TrainSet(train_source, model.preprocess, args.seed), num_workers=args.workers, collate_fn=data.collate,
-        batch_sampler=micro_batches(len(train_source), c, args.seed, range(first, steps), process, args.accumulate),
+        data.TrainSet(train_source, model.preprocess, args.seed, c.every_sentence, features),
+        num_workers=0 if features else args.workers, collate_fn=data.collate,
+        batch_sampler=micro_batches(n, c, args.seed, range(first, steps), process, args.accumulate),
         worker_init_fn=quiet_worker, pin_memory=device.type == "cuda"))
     torch.manual_seed(args.seed + process.rank)  # dropout
     if args.resume and process.rank < len(saved["rng"]):
@@ -283,12 +310,12 @@ def main(argv: list[str] | None = None) -> int:
         for part in range(args.accumulate):
             batch = next(loader)
             images = batch["image"].to(device, non_blocking=True)
-            masks = batch["mask"].to(device, non_blocking=True)
+            target = batch[model.task].to(device, non_blocking=True)
             tokens = model.tokenize(batch["sentence"]).to(device)
             sync = part == args.accumulate - 1 or process.world == 1
             with nullcontext() if sync else net.no_sync():
                 with autocast:
-                    loss = model.loss(net(images, tokens), masks) / args.accumulate
+                    loss = model.loss(net(images, tokens), target) / args.accumulate
                 scaler.scale(loss).backward()
             total += loss.detach()
         status = torch.stack([total / process.world, total.new_tensor(float(stop.number))])
@@ -331,12 +358,12 @@ def main(argv: list[str] | None = None) -> int:
             if not bar.disable:
                 bar.clear()
             process.say(f"step {step}  {args.val_split}  " + "  ".join(f"{k} {v}" for k, v in val.items()))
-            if val["mIoU"] > best:
-                best = val["mIoU"]
+            if val[MAIN_METRIC[model.task]] > best:
+                best = val[MAIN_METRIC[model.task]]
                 save_best()
                 if process.rank == 0:
                     about = dict(step=step, dataset=args.dataset, split=args.val_split)
-                    common.write_json(out / "metrics.json", about | val)
+                    common.write_json(out / "metrics.json", about | val | (dict(leak=info["leak"]) if info["leak"] else {}))
             save_resume()
             since, done = time.perf_counter(), step
         if stopped:
@@ -346,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
             process.say(f"stopped at step {step} and saved; the same command with --resume goes on from there.")
             return 128 + (stop.number or signal.SIGTERM)
     bar.close()
-    process.say(f"best {args.val_split} mIoU {best} in {(seconds + time.perf_counter() - begin) / 60:.1f} min. Next:\n"
+    process.say(f"best {args.val_split} {MAIN_METRIC[model.task]} {best} in {(seconds + time.perf_counter() - begin) / 60:.1f} min. Next:\n"
                 f"  python evaluate.py --ckpt {out} --split all")
     return 0
 
