@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 import common
@@ -84,8 +84,9 @@ def evaluate_split(model, source, process: Process, batch_size: int = 16, worker
         rows = answers(model, items, sentences, process, batch_size, workers)
     rows = sorted(row for part in process.gather(list(rows)) for row in part)
     model.train(was_training)
-    assert [k for k, _ in rows] == list(range(len(items))), f"{source.name} {source.split}: not every sentence counted once"
-    return (common.mask_metrics if model.task == "mask" else common.box_metrics)([score for _, score in rows])
+    numbers, scores = [k for k, _ in rows], [score for _, score in rows]
+    assert numbers == list(range(len(items))), f"{source.name} {source.split}: not every sentence counted once"
+    return common.mask_metrics(scores) if model.task == "mask" else common.box_metrics(scores)
 
 
 def progress(loader: DataLoader, items: data.EvalSet, process: Process):
@@ -105,8 +106,8 @@ def answers(model, items: data.EvalSet, sentences: list[str], process: Process, 
             yield k, common.intersection_union(predicted_mask(one[0], truth.shape, model), truth)
 
 
-def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int, workers: int,
-                       share: bool):
+def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int,
+                       workers: int, share: bool):
     """(number, IoU of boxes) of this process's share of the pictures. Each is encoded alone, once or for each of its
     sentences, so that the figures are the same to the last bit."""
     pictures = data.PictureSet(items)
@@ -159,8 +160,8 @@ def measure_split(model, source, process: Process, args: argparse.Namespace) -> 
         (apart, other), (once, row) = took[False], took[True]
         assert row == other, f"{row} with sharing, {other} without"
         pictures = len({source.picture(i) for i in range(len(source))})
-        process.say(f"{source.split}: {row['n']} sentences about {pictures} pictures in {apart:.1f} s where each sentence's "
-                    f"picture is encoded, in {once:.1f} s where each picture is encoded once: {apart / once:.2f} times as "
+        process.say(f"{source.split}: {row['n']} sentences about {pictures} pictures took {apart:.1f} s with a picture "
+                    f"encoded for each sentence, and {once:.1f} s with each encoded once: {apart / once:.2f} times as "
                     "fast, and the same figures")
     return row
 
@@ -233,7 +234,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     image = data.read_image(args.image)
     model, info = load_run(args.ckpt, args.weights, process)
     if model.task == "box" and (args.mask or args.threshold is not None):
-        raise UserError(f"--{'mask' if args.mask else 'threshold'}: {info['method']} answers with a box, not with a mask.")
+        raise UserError(f"--{'mask' if args.mask else 'threshold'}: {info['method']} answers with a box, not a mask.")
     answer = ask(model, image, sentence, args.threshold)
     out = Path(args.out or Path(args.image).stem + "_" + info["method"] + ".png")
     drawn = common.overlay if model.task == "mask" else common.overlay_box
@@ -241,12 +242,13 @@ def predict(args: argparse.Namespace, process: Process) -> None:
         drawn(image, answer[model.task], sentence).save(temporary, format=picture_format(out))
     result = dict(image=args.image, text=sentence, width=image.shape[1], height=image.shape[0], overlay=str(out),
                   method=info["method"]) | answer
-    found = f"box {answer['box']}"
+    found = f"box {answer['box']}" if answer["box"] else "nothing"
     if model.task == "mask":
         result["mask"] = str(args.mask or out.with_name(out.stem + "_mask.png"))
         with common.writing(result["mask"]) as temporary:
             Image.fromarray(answer["mask"].astype(np.uint8) * 255).save(temporary, format="PNG")
-        found = f"{answer['area']} pixels, {found}, mean confidence {answer['confidence']}" if answer["box"] else "nothing"
+        if answer["box"]:
+            found = f"{answer['area']} pixels, {found}, mean confidence {answer['confidence']}"
     if args.json != "-":
         print(f"{sentence!r}: {found}. Drawn: {out}" + (f", mask: {result['mask']}" if "mask" in result else ""))
     write_result(args.json, result)
@@ -304,8 +306,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--split", default="val", help="val, testA, testB, test, train, or all (but train)")
     p.add_argument("--shuffle-text", action="store_true", help="give each picture another's sentence")
     p.add_argument("--workers", type=int, default=0, help="processes that read data")
-    p.add_argument("--share", default="on", choices=("on", "off", "compare"), help="boxes: a picture is encoded once for "
-                   "all its sentences, or for each; compare: both, and their times")
+    p.add_argument("--share", default="on", choices=("on", "off", "compare"),
+                   help="boxes: a picture is encoded once for all its sentences; off: for each; compare: both, timed")
     p.add_argument("--draw", metavar="FILE.png", help="draw predictions over the split's pictures")
     p.add_argument("--draw-count", type=int, default=12)
     p.add_argument("--image", help="a picture of yours, with --text")

@@ -15,7 +15,7 @@ vision-language encoder reads both results behind a [REG] token, which becomes t
     Sec. III-B c, Eq. 6  loss                          M2IST.loss
     Fig. 3, Table VII    forms of insertion            M2IST.inserted, Config.insertion
 
-The side networks, for layer i of vision (v) and the one of language (l) that it is paired with; the paper has no formula:
+The side networks, for layer i of vision (v) and its partner in language (l); the paper has no formula for them:
 
     h^0 = z                                  the encoder's first tokens, without positions
     h^i = h^(i-1) + IEA_i(a_i) + VEA_i(m_i)  a_i, m_i: attention and feed-forward, before residual and norm; LEA for l
@@ -61,8 +61,8 @@ from common import Preprocess, UserError, bert_state, check_config, detr_state, 
 
 BACKBONES = {  # Sec. III-A
     "detr-resnet-50": dict(
-        resnet=(Bottleneck, (3, 4, 6, 3)), stage="layer4", frozen=("conv1", "layer1"), dim=256, heads=8, ffn=2048, layers=6,
-        bert=dict()),
+        resnet=(Bottleneck, (3, 4, 6, 3)), stage="layer4", frozen=("conv1", "layer1"),  # by TransVG, in full tuning
+        dim=256, heads=8, ffn=2048, layers=6, bert=dict()),
     "tiny": dict(
         resnet=(BasicBlock, (1, 1, 1, 1)), stage="layer2", frozen=(), dim=64, heads=2, ffn=128, layers=3,
         bert=dict(vocab_size=4096, hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128,
@@ -138,12 +138,13 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
     layers, text_layers = tower["layers"], BertConfig(**tower["bert"]).num_hidden_layers
     stride = STRIDES[tower["stage"]]
     check_config(
-        c, vision_layers=(list(c.vision_layers) == sorted(set(c.vision_layers) & set(range(layers))), f"rising, 0 to {layers - 1}"),
+        c, vision_layers=(list(c.vision_layers) == sorted(set(c.vision_layers) & set(range(layers))),
+                          f"rising numbers, 0 to {layers - 1}"),
         image_size=(c.image_size % stride == 0, f"a multiple of {stride}"),
         words=(3 <= c.words <= 512, "3 to 512 wordpieces, what BERT reads"),
         text_layers=(list(c.text_layers) == sorted(set(c.text_layers) & set(range(text_layers)))
                      and len(c.text_layers) == len(c.vision_layers),
-                     f"rising, 0 to {text_layers - 1}, one for each of vision_layers"),
+                     f"rising numbers, 0 to {text_layers - 1}, one for each of vision_layers"),
         interaction_dim=(c.interaction_dim <= tower["dim"], f"at most {tower['dim']}, the width of the vision encoder"),
         vl_heads=(lambda: c.vl_dim % c.vl_heads == 0, f"a divisor of vl_dim, {c.vl_dim}"),
         tune=(c.tune == "method" or c.mha_adapter == c.ffn_adapter == "none", "method, where there are adapters"))
@@ -322,6 +323,7 @@ class DETR(nn.Module):
         body = OrderedDict(ResNet(block, blocks, norm_layer=FrozenBatchNorm2d).named_children())
         names = list(body)
         self.body = nn.Sequential(OrderedDict((n, body[n]) for n in names[:names.index(stage) + 1]))
+        self.body.to(memory_format=torch.channels_last)  # faster, the same numbers
         last = body[stage][-1]
         width = (last.conv3 if block is Bottleneck else last.conv2).out_channels
         self.input_proj = nn.Conv2d(width, dim, 1)
@@ -329,7 +331,7 @@ class DETR(nn.Module):
 
     def tokens(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, 4, S, S) -> tokens and their positions, both (B, N, C), and padding (B, N)"""
-        z = self.body(images[:, :3])                             # (B, 2048, S/32, S/32)
+        z = self.body(images[:, :3].contiguous(memory_format=torch.channels_last))  # (B, 2048, S/32, S/32)
         pad = F.interpolate(images[:, 3:], z.shape[-2:])[:, 0] > 0.5  # (B, S/32, S/32), nearest
         z = self.input_proj(z).flatten(2).transpose(1, 2)        # (B, N, C)
         return z, sine_positions(pad, z.shape[2]), pad.flatten(1)
@@ -430,7 +432,7 @@ class M2IST(nn.Module):
                 for s in sentences]
 
     def run(self, x: Tensor, layers: list, branch: str, where: tuple[int, ...], pad: Tensor) -> Encoded:
-        """A post-norm encoder over tokens x (B, N, C); its layers `where` have the adapters of M3ISA in or beside them."""
+        """A post-norm encoder over tokens x (B, N, C), whose layers `where` have M3ISA in or beside them."""
         tokens, attention, ffn = x, [], []
         for i, (attend, norm1, feed_forward, norm2) in enumerate(layers):
             isa = self.m3isa[where.index(i)] if self.m3isa and i in where else None
@@ -455,7 +457,8 @@ class M2IST(nn.Module):
         """(B, 4, S, S): normalised pictures, and a channel that is 1 in the padding"""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.graph):
             z, pos, pad = self.detr.tokens(images)
-            return self.run(z, [layer.sublayers(pos, pad) for layer in self.detr.layers], "vision", self.c.vision_layers, pad)
+            layers = [layer.sublayers(pos, pad) for layer in self.detr.layers]
+            return self.run(z, layers, "vision", self.c.vision_layers, pad)
 
     image_features = encode_image  # what evaluate.py makes once for all sentences about a picture
 
@@ -531,7 +534,8 @@ def read_vocabulary(path: str, size: int) -> Tensor:
         raise UserError(f"{path}: BERT's vocabulary, a vocab.txt beside its weights, cannot be read ({e}).") from None
     if len(words) != size or words[CLS:SEP + 1] != [b"[CLS]", b"[SEP]"] or max(map(len, words)) > LONGEST:
         raise UserError(f"{path} is not the vocabulary of bert-base-uncased, {size:,} wordpieces.")
-    return torch.frombuffer(bytearray(b"".join(w.ljust(LONGEST, b"\0") for w in words)), dtype=torch.uint8).view(size, -1)
+    padded = b"".join(w.ljust(LONGEST, b"\0") for w in words)
+    return torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(size, LONGEST)
 
 
 def build_encoders(backbone: str, weights: str) -> tuple[DETR, BertModel]:
@@ -547,8 +551,8 @@ def build_encoders(backbone: str, weights: str) -> tuple[DETR, BertModel]:
     vocabulary = torch.zeros(config.vocab_size, LONGEST, dtype=torch.uint8)
     if weights != "random":
         if backbone == "tiny":
-            raise UserError(f"--weights {weights}: the backbone tiny has no released weights; give --weights random, or a "
-                            "run folder that trained such towers.")
+            raise UserError(f"--weights {weights}: the backbone tiny has no released weights; give --weights random, "
+                            "or a run folder that trained such towers.")
         hub = dict(detr="facebook/detr-resnet-50", bert="google-bert/bert-base-uncased")
         files = weights.split(",")
         if weights == "pretrained":
@@ -565,7 +569,7 @@ def build_encoders(backbone: str, weights: str) -> tuple[DETR, BertModel]:
                 load_exactly(detr, detr_state(state), file, "the encoder of DETR with a ResNet-50")
                 loaded.add("DETR")
         if len(loaded) < 2 or len(files) > 2:
-            raise UserError(f"--weights {weights}: two files are needed, one of DETR and one of bert-base-uncased, with a "
-                            f"comma between; found {' and '.join(sorted(loaded))}.")
+            raise UserError(f"--weights {weights}: two files are needed, one of DETR and one of bert-base-uncased, "
+                            f"with a comma between; found {' and '.join(sorted(loaded))}.")
     bert.register_buffer("vocabulary", vocabulary)
     return detr, bert

@@ -57,8 +57,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
     p.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="auto: off on a CPU")
     p.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after another, to save memory")
     p.add_argument("--workers", type=int, help="processes that read data, for each process that trains")
-    p.add_argument("--cache-features", metavar="memory|FOLDER", help="keep what the frozen encoder gives for each picture "
-                   "(m2ist, with --no-augment)")
+    p.add_argument("--cache-features", metavar="memory|FOLDER",
+                   help="keep what the frozen encoder gives for each picture (m2ist with --no-augment)")
     p.add_argument("--log-every", type=int, default=50, help="steps")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     words = sys.argv[1:] if argv is None else argv
@@ -208,11 +208,12 @@ def main(argv: list[str] | None = None) -> int:
     # data
     train_source = data.open_dataset(args.dataset, "train", args.data_root, args.seed)
     val_source = data.open_dataset(args.dataset, args.val_split, args.data_root, args.seed)
-    n = sum(train_source.count(i) for i in range(len(train_source))) if c.every_sentence else len(train_source)
+    sentences = sum(train_source.count(i) for i in range(len(train_source)))
+    n = sentences if c.every_sentence else len(train_source)
     per_epoch = n // c.batch_size
     if per_epoch == 0:
-        raise UserError(f"{args.dataset} train has {n} {'sentences' if c.every_sentence else 'objects'}, fewer than one "
-                        f"batch; --batch-size {n} fits.")
+        raise UserError(f"{args.dataset} train has {n} {'sentences' if c.every_sentence else 'objects'}, fewer than "
+                        f"one batch; --batch-size {n} fits.")
     if c.batch_size % (args.accumulate * process.world):
         raise UserError(f"--batch-size {c.batch_size} cannot be shared out to {process.world} processes in "
                         f"{args.accumulate} parts each; a multiple of {args.accumulate * process.world} can.")
@@ -241,7 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, enabled=amp != "off")
 
     process.say(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: {len(train_source)} objects, "
-                f"{sum(map(train_source.count, range(len(train_source))))} sentences, {steps} steps of {c.batch_size}, seed {args.seed}, {process.world} x {device}, amp {amp}, to {out}")
+                f"{sentences} sentences, {steps} steps of {c.batch_size}, seed {args.seed}, "
+                f"{process.world} x {device}, amp {amp}, to {out}")
     if args.tune_said:
         process.say("the tiny towers are random, so nothing is worth freezing yet: --tune full, everything is trained")
     if info["leak"]:
@@ -363,7 +365,8 @@ def main(argv: list[str] | None = None) -> int:
                 save_best()
                 if process.rank == 0:
                     about = dict(step=step, dataset=args.dataset, split=args.val_split)
-                    common.write_json(out / "metrics.json", about | val | (dict(leak=info["leak"]) if info["leak"] else {}))
+                    about |= dict(leak=info["leak"]) if info["leak"] else {}
+                    common.write_json(out / "metrics.json", about | val)
             save_resume()
             since, done = time.perf_counter(), step
         if stopped:
@@ -373,7 +376,8 @@ def main(argv: list[str] | None = None) -> int:
             process.say(f"stopped at step {step} and saved; the same command with --resume goes on from there.")
             return 128 + (stop.number or signal.SIGTERM)
     bar.close()
-    process.say(f"best {args.val_split} {MAIN_METRIC[model.task]} {best} in {(seconds + time.perf_counter() - begin) / 60:.1f} min. Next:\n"
+    minutes = (seconds + time.perf_counter() - begin) / 60
+    process.say(f"best {args.val_split} {MAIN_METRIC[model.task]} {best} in {minutes:.1f} min. Next:\n"
                 f"  python evaluate.py --ckpt {out} --split all")
     return 0
 

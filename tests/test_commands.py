@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -348,3 +349,113 @@ def test_the_towers_of_another_method_or_backbone_are_refused(run, tmp_path):
     with pytest.raises(common.UserError, match="do not fit these settings: clip.visual.positional_embedding"):
         train.main([*flags, "--backbone", "tiny-vit", "--variant", "released", "--image-size", "128", "--weights",
                     str(tmp_path / "vit"), "--out", str(tmp_path / "x")])
+
+
+BOX = ["--method", "m2ist", *SMALL[2:]]
+
+
+def test_m2ist_from_training_to_a_prediction(tmp_path, capsys):
+    train.main([*BOX, "--out", str(tmp_path / "run")])
+    info, state = common.read_checkpoint(str(tmp_path / "run"))
+    assert info["config"]["tune"] == "full" and info["frozen"] == "" and "bert.vocabulary" in state
+    vals = [s["val"] for s in log_of(tmp_path / "run") if "val" in s]
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert vals[0].keys() == {"n", "Acc@0.5", "mIoU"} and metrics["Acc@0.5"] == max(v["Acc@0.5"] for v in vals)
+    assert "leak" not in metrics
+    # frozen encoders of one run for another
+    out = tmp_path / "shift"
+    train.main([*BOX, "--dataset", "shapes-shift", "--weights", str(tmp_path / "run"), "--out", str(out)])
+    info, state = common.read_checkpoint(str(out))
+    assert info["config"]["tune"] == "method" and not any(k.startswith(("detr.", "bert.")) for k in state)
+    evaluate.main(["--ckpt", str(out), "--json", str(tmp_path / "val.json"), "--draw", str(tmp_path / "sheet.png")])
+    row = json.loads((tmp_path / "val.json").read_text())
+    assert row.keys() == {"method", "backbone", "dataset", "split", "n", "Acc@0.5", "mIoU"} and row["n"] == 24
+    best = json.loads((out / "metrics.json").read_text())
+    assert {k: row[k] for k in ("n", "Acc@0.5", "mIoU")} == {k: best[k] for k in ("n", "Acc@0.5", "mIoU")}
+    assert Image.open(tmp_path / "sheet.png").size[0] > 900
+    # a wide and a tall photograph: the box comes back in their own pixels
+    model, _ = evaluate.load_run(str(out), None, common.start(device="cpu"))
+    for w, h in (320, 100), (90, 300):
+        photo = np.random.default_rng(0).integers(0, 255, (h, w, 3)).astype(np.uint8)
+        Image.fromarray(photo).save(tmp_path / "a.png")
+        evaluate.main(["--ckpt", str(out), "--image", str(tmp_path / "a.png"), "--text", "left", "--out",
+                       str(tmp_path / "b.png"), "--json", str(tmp_path / "b.json")])
+        found = json.loads((tmp_path / "b.json").read_text())
+        with torch.no_grad():
+            x, y, bw, bh = (64 * model(data.to_canvas(photo, model.preprocess)[None], model.tokenize(["left"]))[0]).tolist()
+        scale, left, top = (5, 0, 22) if w > h else (300 / 64, 22, 0)  # 64 x 20 and 19 x 64 on the canvas
+        sx, sy = (scale, scale) if w > h else (90 / 19, scale)
+        want = [(x - bw / 2 - left) * sx, (y - bh / 2 - top) * sy, (x + bw / 2 - left) * sx, (y + bh / 2 - top) * sy]
+        want = [min(max(v, 0), side) for v, side in zip(want, (w, h, w, h))]
+        assert found["box"] == pytest.approx(want, abs=0.02) and (found["width"], found["height"]) == (w, h)
+        assert not {"mask", "area", "confidence", "threshold"} & found.keys() and found["overlay"] == str(tmp_path / "b.png")
+    for flag in ["--mask", str(tmp_path / "m.png")], ["--threshold", "0.4"]:
+        with pytest.raises(common.UserError, match=f"{flag[0]}: m2ist answers with a box"):
+            evaluate.main(["--ckpt", str(out), "--image", str(tmp_path / "a.png"), "--text", "left", *flag])
+    capsys.readouterr()
+
+
+def test_sharing_pictures_changes_no_figure(tmp_path, capsys):
+    make_refer(tmp_path)
+    refs_file = tmp_path / "refcoco" / "refs(unc).p"
+    refs = pickle.loads(refs_file.read_bytes())
+    for n in range(3):  # objects of the same picture, far apart
+        refs.append(dict(refs[1], ref_id=50 + n, sentences=[dict(sent=f"more {n} {k}") for k in range(n + 1)]))
+    refs_file.write_bytes(pickle.dumps(refs))
+    run = str(tmp_path / "run")
+    train.main([*BOX, "--dataset", "refcoco", "--data-root", str(tmp_path), "--backbone", "tiny", "--batch-size", "2",
+                "--steps", "2", "--out", run])
+    rows = {}
+    for share in "on", "off", "compare":
+        for size in "1", "3", "16":
+            evaluate.main(["--ckpt", run, "--share", share, "--batch-size", size, "--json", str(tmp_path / "val.json")])
+            rows[share, size] = json.loads((tmp_path / "val.json").read_text())
+    assert all(rows[share, s] == rows["on", s] for share, s in rows) and rows["on", "1"]["n"] == 8
+    assert "8 sentences about 1 pictures" in (said := capsys.readouterr().err) and "times as fast" in said
+    two = command("evaluate.py", "--ckpt", run, "--json", "-", "--device", "cpu", world=2, check=0)
+    assert json.loads(two.stdout) == rows["on", "16"]
+
+
+def test_training_from_kept_features(tmp_path, capsys):
+    train.main([*BOX, "--out", str(tmp_path / "first")])
+    flags = [*BOX, "--dataset", "shapes-shift", "--weights", str(tmp_path / "first")]
+    for name, where in ("plain", None), ("memory", "memory"), ("folder", tmp_path / "cache"), ("again", tmp_path / "cache"):
+        train.main([*flags, *(["--cache-features", str(where)] if where else []), "--out", str(tmp_path / name)])
+    said = capsys.readouterr().err
+    assert "features of 40 pictures, 0.0" in said and "GiB, go to memory" in said and "GiB, are in" in said
+    plain, *others = (log_of(tmp_path / n) for n in ("plain", "memory", "folder", "again"))
+    assert others[0] == others[1] == others[2]
+    losses = [[s["loss"] for s in log if "loss" in s] for log in (plain, others[0])]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)  # one picture at a time rounds otherwise than four do
+    for extra, why in ((["--augment"], "--no-augment"), (["--tune", "full"], "while their encoder is trained"),
+                       (["--insertion", "parallel"], "adapters inside")):
+        with pytest.raises(common.UserError, match=why):
+            train.main([*flags, *extra, "--cache-features", "memory", "--out", str(tmp_path / "no")])
+    with pytest.raises(common.UserError, match="together with the sentence"):
+        train.main([*SMALL, "--cache-features", "memory", "--out", str(tmp_path / "no")])
+
+
+def test_the_leak_warning_reaches_every_result(tmp_path, monkeypatch, capsys):
+    import m2ist
+    monkeypatch.setattr(m2ist, "leak", lambda weights, dataset: f"leak: {weights} {dataset}" if weights == "random" else "")
+    run, after = str(tmp_path / "run"), str(tmp_path / "after")
+    train.main([*BOX, "--out", run])
+    train.main([*BOX, "--dataset", "shapes-shift", "--weights", run, "--out", after])  # its encoders' own weights count
+    for out, name in (run, "shapes"), (after, "shapes-shift"):
+        assert json.loads((Path(out) / "metrics.json").read_text())["leak"] == f"leak: random {name}"
+    evaluate.main(["--ckpt", after, "--dataset", "shapes", "--json", str(tmp_path / "val.json")])
+    assert json.loads((tmp_path / "val.json").read_text())["leak"] == "leak: random shapes"
+    assert capsys.readouterr().err.count("leak: random shapes-shift") == 1
+
+
+def test_efficiency_of_each_value_of_a_setting(capsys):
+    evaluate.main(["--efficiency", "--method", "m2ist", "--backbone", "tiny", "--tune", "method", "--vary", "tune,insertion"])
+    table = capsys.readouterr().out.splitlines()
+    names = table[0].split()
+    rows = [dict(zip(names, line.split())) for line in table[1:6]]
+    assert [(r["tune"], r["insertion"]) for r in rows] == [("method", "side"), ("frozen", "side"), ("full", "side"),
+                                                           ("method", "parallel"), ("method", "sequential")]
+    saved = {r["tune"] if r["tune"] != "method" else r["insertion"]: int(r["saved_bytes_per_image"]) for r in rows}
+    assert saved["frozen"] < saved["side"] < saved["parallel"] <= saved["sequential"] < saved["full"]
+    with pytest.raises(common.UserError, match="--vary lr"):
+        evaluate.main(["--efficiency", "--method", "m2ist", "--backbone", "tiny", "--vary", "lr"])

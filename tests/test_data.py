@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -206,6 +207,167 @@ def test_broken_pictures_are_named(tmp_path):
 
 
 # REFER
+
+
+# boxes and augmentation
+
+
+@pytest.mark.parametrize("size", [(50, 400), (400, 50), (37, 53), (64, 64)])
+def test_boxes_go_to_the_canvas_and_back(size):
+    h, w = size
+    pre, rng = Preprocess(128), np.random.default_rng(0)
+    for _ in range(20):
+        x1, y1 = rng.uniform(0, w - 2), rng.uniform(0, h - 2)
+        box = (x1, y1, rng.uniform(x1 + 1, w), rng.uniform(y1 + 1, h))
+        assert data.box_from_canvas(data.box_to_canvas(box, size, pre), size, pre) == pytest.approx(box, abs=1e-3 * max(h, w))
+    # where the picture lies on the canvas, by hand: a wide one in the middle of the height
+    cx, cy, bw, bh = data.box_to_canvas((0, 0, 400, 50), (50, 400), pre).tolist()
+    assert (cx, cy, bw, bh) == pytest.approx((0.5, 0.5, 1, 16 / 128))
+    # what reaches into the padding is cut at the picture's border
+    assert data.box_from_canvas(torch.tensor([0.5, 0.5, 3.0, 3.0]), size, pre) == (0, 0, w, h)
+    outside = data.box_from_canvas(torch.tensor([-0.5, -0.5, 0.1, 0.1]), size, pre)
+    assert outside == (0, 0, 0, 0)
+
+
+def test_a_channel_for_the_padding():
+    image = np.random.default_rng(0).integers(0, 255, (20, 40, 3)).astype(np.uint8)
+    canvas = data.to_canvas(image, Preprocess(64, pad_channel=True))
+    assert canvas.shape == (4, 64, 64) and torch.equal(canvas[:3], data.to_canvas(image, PRE))
+    assert canvas[3, 16:48].sum() == 0 and canvas[3, :16].min() == 1 and canvas[3, 48:].min() == 1
+    placed = data.to_canvas(image, Preprocess(64, pad_channel=True), (5, 7, 20, 40))
+    assert placed[3, 5:25, 7:47].sum() == 0 and placed[3].sum() == 64 * 64 - 800
+
+
+@pytest.mark.parametrize("sentence, mirror", [
+    ("man in bright shirt", "man in bright shirt"), ("copyright sign", "copyright sign"), ("lefty", "lefty"),
+    ("the left man", "the right man"), ("Right, not left!", "Left, not right!"), ("LEFT dog", "RIGHT dog"),
+    ("the leftmost cross", "the rightmost cross"), ("right-hand side of the left cup", "left-hand side of the right cup"),
+    ("righthand laptop", "lefthand laptop"), ("left of the brightest right", "right of the brightest left")])
+def test_left_and_right_are_swapped_as_words(sentence, mirror):
+    assert data.mirrored(sentence) == mirror and data.mirrored(mirror) == sentence
+
+
+@pytest.mark.parametrize("sentence, place", [
+    ("man in bright shirt", False), ("laptop", False), ("the stop sign", False), ("copyright", False), ("central", False),
+    ("man on the left", True), ("Top shelf", True), ("the bottommost cup", True), ("middle one", True),
+    ("far right", True), ("the highest circle", True), ("lower left", True), ("person in center", True)])
+def test_only_words_for_places_keep_a_picture_from_being_cropped(sentence, place):
+    image = np.random.default_rng(0).integers(0, 255, (90, 120, 3)).astype(np.uint8)
+    mask, cropped = np.ones((90, 120), dtype=bool), 0
+    for k in range(60):
+        out = data.augment(image, mask, (40, 30, 60, 50), sentence, Preprocess(64), np.random.default_rng(k))[0]
+        cropped += out.shape != image.shape
+    assert cropped == 0 if place else 15 < cropped < 45
+
+
+def test_augmented_pictures_keep_their_object():
+    """A red rectangle is found again where the box says, wherever crop, mirror, scale and shift have put it."""
+    pre, seen = Preprocess(128, pad_channel=True, augment=True), Counter()
+    for k in range(300):
+        rng = np.random.default_rng(k)
+        h, w = rng.integers(40, 300, 2)
+        x1, y1 = int(rng.integers(w - 12)), int(rng.integers(h - 12))
+        x2, y2 = int(rng.integers(x1 + 10, w)), int(rng.integers(y1 + 10, h))
+        image, mask = np.zeros((h, w, 3), dtype=np.uint8), np.zeros((h, w), dtype=bool)
+        image[y1:y2, x1:x2, 0], mask[y1:y2, x1:x2] = 255, True
+        out, m, box, sentence, place = data.augment(image, mask, (x1, y1, x2, y2), "dog to the left of a cat" if k % 2
+                                                    else "dog", pre, rng)
+        top, left, ph, pw = place
+        assert box[0] < box[2] and box[1] < box[3] and out.shape[:2] == m.shape
+        assert 0 <= top and top + ph <= 128 and 0 <= left and left + pw <= 128 and max(ph, pw) in range(90, 129)
+        assert abs(ph / pw - out.shape[0] / out.shape[1]) < 0.03 * max(ph / pw, 1) * max(out.shape) / min(out.shape)
+        assert data.box_of(m) == tuple(box)  # the mask goes with the box
+        red = out[:, :, 0].astype(int) - out[:, :, 1]
+        assert np.array_equal(red > 30, m)
+        cx, cy = (x1 + x2) / 2, (y1 + y2) / 2
+        seen["cropped"] += out.shape != image.shape
+        seen["whole box"] += (box[2] - box[0], box[3] - box[1]) == (x2 - x1, y2 - y1)
+        seen["mirrored"] += "right" in sentence
+        # the target's centre is inside the crop: what is left of the box is at least a quarter
+        assert (box[2] - box[0]) * (box[3] - box[1]) >= 0.24 * (x2 - x1) * (y2 - y1), (cx, cy)
+        c = data.box_to_canvas(box, out.shape[:2], pre, place)
+        assert (c[:2] - c[2:] / 2).min() > -1e-6 and (c[:2] + c[2:] / 2).max() < 1 + 1e-6 and c[2:].min() > 0
+    assert 40 < seen["cropped"] < 110 and seen["whole box"] > 200 and 40 < seen["mirrored"] < 110
+
+
+def test_augmentation_depends_on_seed_epoch_and_item_alone(tmp_path):
+    make_refer(tmp_path)
+    source = data.open_dataset("refcoco", "train", str(tmp_path))
+    pre = Preprocess(64, pad_channel=True, augment=True)
+    a, b = (data.TrainSet(source, pre, seed=1, every_sentence=True) for _ in range(2))
+    assert len(a) == 4 and len(data.TrainSet(source, pre, seed=1)) == 2
+    assert [a[0, n]["sentence"] for n in range(4)] == ["thing 0", "other 0", "thing 4", "other 4"]
+    b[3, 1]
+    for n in range(4):
+        x, y, z = a[5, n], b[5, n], a[6, n]
+        assert torch.equal(x["image"], y["image"]) and torch.equal(x["box"], y["box"])
+        assert not torch.equal(x["image"], z["image"])
+    plain = data.TrainSet(source, Preprocess(64, pad_channel=True), seed=1)[0, 0]
+    assert torch.equal(plain["box"], data.box_to_canvas((5, 5, 28, 20), (40, 60), PRE))  # the annotation's, not the mask's
+
+
+def test_boxes_of_annotations(tmp_path):
+    make_refer(tmp_path)
+    def change(refs, instances):
+        instances["annotations"][0]["bbox"] = [-3, 5.5, 100, 10]  # beyond the border, as some of COCO's
+        del instances["annotations"][1]["bbox"]
+        instances["annotations"][2]["bbox"] = [70, 5, 10, 10]
+    edit(tmp_path, change)
+    train, val = (data.open_dataset("refcoco", s, str(tmp_path)) for s in ("train", "val"))
+    assert train.box(0) == train.read(0).box == (0, 5.5, 60, 15.5)
+    assert val.box(0) == val.read(0).box == data.box_of(val.read(0).mask)
+    with pytest.raises(UserError, match=r"ref 2: its box \[70, 5, 10, 10\] has no area"):
+        data.open_dataset("refcoco", "testA", str(tmp_path))
+
+
+def test_pictures_with_all_of_their_expressions(tmp_path):
+    make_refer(tmp_path)
+    edit(tmp_path, lambda refs, instances: refs.append(dict(refs[0], ref_id=77, sentences=[dict(sent="again")])))
+    items = data.EvalSet(data.open_dataset("refcoco", "train", str(tmp_path)), PRE)
+    assert items.sentences() == ["thing 0", "other 0", "thing 4", "other 4", "again"]
+    pictures = data.PictureSet(items)
+    assert [p["index"] for p in (pictures[0], pictures[1])] == [[0, 1, 4], [2, 3]] and len(pictures) == 2
+    assert pictures[0]["size"] == (40, 60) and pictures[0]["boxes"] == [(5, 5, 28, 20)] * 3
+    assert [p["index"] for p in (data.PictureSet(data.EvalSet(items.source, PRE, most=3))[k] for k in (0, 1))] == [[0, 1], [2]]
+
+
+class Two(NamedTuple):
+    mean: torch.Tensor
+    flag: torch.Tensor
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_features_of_pictures_are_made_once_and_kept(tmp_path, where):
+    calls, said, source = [], [], data.Shapes("shapes", "val", images=5)
+    def encode(image):
+        calls.append(1)
+        return Two(image.mean((2, 3)), image[:, 0] > 0)
+    folder = str(tmp_path / "deep" / "cache") if where == "folder" else None
+    cache = data.FeatureCache(source, PRE, encode, folder, "towers", said.append)
+    assert len(calls) == 5 and "5 pictures, 0.00 GiB" in said[0]
+    items = data.TrainSet(source, PRE, features=cache)
+    batch = data.collate([items[0, n] for n in (0, 1, 6)])
+    assert isinstance(batch["image"], Two) and batch["image"].flag.dtype == torch.bool and len(calls) == 5
+    for k, n in enumerate((0, 1, 6)):
+        want = encode(data.to_canvas(source.read(n).image, PRE)[None])
+        assert torch.equal(batch["image"].mean[k], want.mean[0]) and torch.equal(batch["image"].flag[k], want.flag[0])
+    assert torch.equal(batch["box"], torch.stack([data.TrainSet(source, PRE)[0, n]["box"] for n in (0, 1, 6)]))
+    if folder:
+        before = len(calls)
+        again = data.FeatureCache(source, PRE, encode, folder, "towers", said.append)
+        assert len(calls) == before + 1 and "are in" in said[-1] and torch.equal(again[3].mean, cache[3].mean)
+        data.FeatureCache(source, PRE, encode, folder, "other towers", said.append)
+        assert len(calls) == before + 6 and len(os.listdir(folder)) == 2
+
+
+def test_features_that_do_not_fit(tmp_path, monkeypatch):
+    source = data.Shapes("shapes", "val", images=5)
+    monkeypatch.setattr(data.shutil, "disk_usage", lambda f: type("Free", (), dict(free=100)))
+    monkeypatch.setattr(data.os, "sysconf", lambda n: 3)
+    for folder, said in (str(tmp_path / "x"), f"cache-features {tmp_path / 'x'}.*are free"), (None, "memory.*a folder"):
+        with pytest.raises(UserError, match=said):
+            data.FeatureCache(source, PRE, lambda x: Two(x.mean((2, 3)), x), folder, "", lambda s: None)
+    assert not (tmp_path / "x").exists()
 
 
 def make_refer(root, folder="refcoco", refs_name="refs(unc).p", splits=("train", "val", "testA", "testB")):
