@@ -57,15 +57,16 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou_loss
 from transformers import BertConfig, BertModel
 
-from common import Preprocess, UserError, bert_state, check_config, detr_state, fetch, load_exactly, read_weights
+from common import (Preprocess, UserError, bert_state, check_config, detr_state, dice_loss, fetch, load_exactly,
+                    read_weights)
 
 BACKBONES = {  # Sec. III-A
     "detr-resnet-50": dict(
         resnet=(Bottleneck, (3, 4, 6, 3)), stage="layer4", frozen=("conv1", "layer1"),  # by TransVG, in full tuning
         dim=256, heads=8, ffn=2048, layers=6, bert=dict()),
     "tiny": dict(
-        resnet=(BasicBlock, (1, 1, 1, 1)), stage="layer2", frozen=(), dim=64, heads=2, ffn=128, layers=3,
-        bert=dict(vocab_size=4096, hidden_size=64, num_hidden_layers=4, num_attention_heads=2, intermediate_size=128,
+        resnet=(BasicBlock, (1, 1, 1, 1)), stage="layer2", frozen=(), dim=64, heads=2, ffn=128, layers=2,
+        bert=dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
                   initializer_range=0.125, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
 }
 STRIDES = dict(layer1=4, layer2=8, layer3=16, layer4=32)
@@ -102,6 +103,7 @@ class Config:
     vl_position: Literal["attention", "content"] = "attention"  # queries and keys; content: the tokens themselves too
     giou: float = 1.0                       # lambda of Eq. 6
     smooth_l1_beta: float = 1.0             # where the square ends; 0: L1
+    token_loss: float = 0.0                 # weight of a loss by which [REG] marks tokens in the box: not the paper's
     # training (Sec. IV-B)
     augment: bool = True                    # TransVG's scales, crops, colours and flips
     every_sentence: bool = True             # in an epoch; else one of each object
@@ -128,10 +130,11 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
     if dataset == "refcoco+":
         c |= dict(epochs=180, milestones=(120,))
     if backbone == "tiny":
-        c |= dict(image_size=64, vision_layers=(0, 1, 2), text_layers=(1, 2, 3), adapter_dim=32, iea_dim=32,
-                  interaction_dim=32, vl_dim=64, vl_heads=2, vl_ffn=128, vl_layers=4, vl_dropout=0.0,
-                  vl_position="content", augment=False, steps=2000, batch_size=16, lr=2e-3, adapter_lr=1.0, tower_lr=0.5,
-                  weight_decay=0.01, schedule="cosine", milestones=(), warmup=50, clip_norm=1.0, val_every=250)
+        c |= dict(image_size=64, words=12, vision_layers=(0, 1), text_layers=(0, 1), adapter_dim=32, iea_dim=32,
+                  interaction_dim=32, vl_dim=64, vl_heads=2, vl_ffn=128, vl_layers=2, vl_dropout=0.0,
+                  vl_position="content", token_loss=1.0, augment=False, steps=5000, batch_size=16, lr=5e-4,
+                  adapter_lr=2.0, tower_lr=2.0, weight_decay=0.01, schedule="cosine", milestones=(), warmup=50,
+                  clip_norm=1.0, val_every=500)
     if flags.get("tune") in ("frozen", "full"):
         c |= dict(mha_adapter="none", ffn_adapter="none")
     c = Config(**(c | flags))
@@ -495,15 +498,32 @@ class M2IST(nn.Module):
             x = x + pos
         for layer in self.vl_encoder:
             x = layer(x, pos, pad)
-        return self.head(x[:, 0]).sigmoid()                      # (B, 4)
+        boxes = self.head(x[:, 0]).sigmoid()                     # (B, 4)
+        if self.training and self.c.token_loss:
+            marks = x[:, -vision.pad.shape[1]:] @ x[:, 0, :, None] / self.c.vl_dim ** 0.5  # (B, N, 1)
+            return torch.cat([boxes, marks[..., 0]], 1)          # (B, 4 + N)
+        return boxes
 
-    def loss(self, boxes: Tensor, target: Tensor) -> Tensor:
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Eq. 6 over boxes (B, 4) as forward gives them: smooth L1, a sum over coordinates, and lambda GIoU; means over
         samples."""
-        boxes = boxes.float()
+        boxes, marks = output[:, :4].float(), output[:, 4:].float()
         l1 = F.smooth_l1_loss(boxes, target, beta=self.c.smooth_l1_beta, reduction="none").sum(1).mean()
         corners = [box_convert(b, "cxcywh", "xyxy") for b in (boxes, target)]
-        return l1 + self.c.giou * generalized_box_iou_loss(*corners, reduction="mean")  # Eq. 6
+        loss = l1 + self.c.giou * generalized_box_iou_loss(*corners, reduction="mean")  # Eq. 6
+        if marks.numel():
+            inside = tokens_in_boxes(target, marks.shape[1])
+            loss = loss + self.c.token_loss * (F.binary_cross_entropy_with_logits(marks, inside) + dice_loss(marks, inside))
+        return loss
+
+
+def tokens_in_boxes(boxes: Tensor, n: int) -> Tensor:
+    """1 for each of n tokens, a square grid of them, whose middle lies in the box (B, 4), else 0. -> (B, n)"""
+    side = int(n ** 0.5)
+    at = (torch.arange(side, device=boxes.device) + 0.5) / side
+    x, y, w, h = boxes[..., None].unbind(1)                      # (B, 1)
+    inside = ((at - y).abs() < h / 2)[:, :, None] & ((at - x).abs() < w / 2)[:, None]  # (B, side, side)
+    return inside.flatten(1).float()
 
 
 Model = M2IST  # the name by which train.py and evaluate.py know it
