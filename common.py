@@ -33,7 +33,8 @@ import time
 import typing
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
@@ -109,13 +110,15 @@ def read_weights(path: str) -> dict[str, Tensor]:
             state = load_file(path)
         else:
             try:
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
+                    state = torch.load(path, map_location="cpu", weights_only=True)
             except RuntimeError as e:  # OpenAI's CLIP files are TorchScript archives
                 if "TorchScript" not in str(e):
                     raise
                 state = torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as e:  # whatever a broken or foreign file makes the readers say
-        raise UserError(f"{path} cannot be read as weights: {str(e).splitlines()[0][:200]}") from None
+        why = re.sub(r"\x1b\[\d+m", "", str(e)).splitlines()[0][:200]  # torch prints in bold
+        raise UserError(f"{path} cannot be read as weights: {why}") from None
     for wrapper in "state_dict", "model":
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -228,6 +231,37 @@ def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
     """1 - Dice of the sigmoid, smoothed by one pixel, a mean over samples; both (B, ...), target in 0..1."""
     p, t = logits.sigmoid().flatten(1), target.flatten(1)
     return (1 - (2 * (p * t).sum(1) + 1) / (p.sum(1) + t.sum(1) + 1)).mean()
+
+
+CLS, SEP = 101, 102  # in BERT's vocabulary
+LONGEST_WORDPIECE = 32  # bytes
+
+
+def bert_vocabulary(path: str, size: int) -> Tensor:
+    """vocab.txt as a (size, LONGEST_WORDPIECE) uint8, so that it travels with the weights. Raises UserError for another
+    model's."""
+    try:
+        words = [w.encode() for w in Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: BERT's vocabulary, a vocab.txt beside its weights, cannot be read ({e}).") from None
+    if len(words) != size or words[CLS:SEP + 1] != [b"[CLS]", b"[SEP]"] or max(map(len, words)) > LONGEST_WORDPIECE:
+        raise UserError(f"{path} is not the vocabulary of bert-base-uncased, {size:,} wordpieces.")
+    padded = b"".join(w.ljust(LONGEST_WORDPIECE, b"\0") for w in words)
+    return torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(size, LONGEST_WORDPIECE)
+
+
+def bert_wordpieces(vocabulary: Tensor) -> Callable[[list[str]], list[list[int]]]:
+    """Sentences -> ids of lower-case wordpieces. With a vocabulary of zeros each word has its checksum for a number,
+    which is enough to learn from."""
+    first, n = SEP + 2, len(vocabulary)
+    if not vocabulary.any():
+        return lambda sentences: [[first + zlib.crc32(w.encode()) % (n - first)
+                                   for w in re.findall(r"\w+|[^\w\s]", s.lower())] for s in sentences]
+    from tokenizers import BertWordPieceTokenizer  # transformers needs it too
+
+    words = [bytes(row).rstrip(b"\0").decode() for row in vocabulary.cpu().numpy()]
+    tokenizer = BertWordPieceTokenizer({w: i for i, w in enumerate(words)}, lowercase=True)
+    return lambda sentences: [e.ids for e in tokenizer.encode_batch(sentences, add_special_tokens=False)]
 
 
 @lru_cache
@@ -582,6 +616,14 @@ def load_towers(model: nn.Module, run: str, method: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
+def sha256(file: str) -> str:
+    with open(file, "rb") as f:
+        digest = hashlib.sha256()
+        while block := f.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def is_run(weights: str) -> bool:
     """Whether --weights names a run folder or its checkpoint, and not released files."""
     return os.path.isdir(weights) or os.path.basename(weights) == "model.safetensors" and "," not in weights
@@ -596,10 +638,16 @@ def build(method, config, weights: str, seed: int):
     return model
 
 
+def origin(weights: str) -> str:
+    """What the towers came from in the end: for a run, what its own came from."""
+    if not is_run(weights):
+        return weights
+    info, _ = read_checkpoint(weights, tensors=False)
+    return info.get("origin", info["weights"])
+
+
 def leak(method, weights: str, dataset: str) -> str:
-    """The method's warning that weights were trained on a data set's val or test pictures, or ""."""
-    while is_run(weights):
-        weights = read_checkpoint(weights, tensors=False)[0]["weights"]  # its own
+    """The method's warning that weights (see origin) were trained on a data set's val or test pictures, or ""."""
     return method.leak(weights, dataset) if hasattr(method, "leak") else ""
 
 

@@ -191,8 +191,8 @@ def box_from_canvas(box: Tensor, size: tuple[int, int], pre: Preprocess) -> tupl
 
 SCALES = tuple(k / 20 for k in range(14, 21))  # of the longer side
 SHORT_SIDES, CROP_SIDES = (0.625, 0.78125, 0.9375), (0.6, 0.9375)
-PLACE = re.compile(r"\b((left|right|top|bottom|upper|lower)(most)?|middle|cent(er|re)|highest|lowest|corner|edge)\b",
-                   re.IGNORECASE)
+PLACE = re.compile(r"\b((left|right|top|bottom|upper|lower)(most|hand|side|wards?)?|middle|cent(er|re)|highest|lowest|"
+                   r"corner|edge)\b", re.IGNORECASE)
 SIDE = re.compile(r"\b(left|right)(?=(most|hand|side|wards?)?\b)", re.IGNORECASE)
 
 
@@ -335,8 +335,8 @@ class PictureSet(Dataset):
 class FeatureCache:
     """What a frozen encoder gives for each picture of a source, made once: cache[picture].
 
-    In memory, or in a file of `folder` that the next run with the same towers, pictures and sizes finds. Raises
-    UserError where it would not fit.
+    In memory, or in a file of `folder` that the next run with the same encoder (`towers`), pictures by name and sizes
+    finds; it is made anew where the first picture gives something else. Raises UserError where it would not fit.
     """
 
     def __init__(self, source: Shapes | Refer, pre: Preprocess, encode: Callable[[Tensor], NamedTuple],
@@ -353,11 +353,12 @@ class FeatureCache:
         key = hashlib.sha256(f"{towers} {source.identity()} {pre} {row}".encode()).hexdigest()[:16]
         file = Path(folder or ".") / f"{source.name}-{source.split}-{key}.features"
         size = f"features of {len(first):,} pictures, {need / 2**30:.2f} GiB"
-        if folder and file.is_file() and file.stat().st_size == need:
+        if folder and file.is_file() and file.stat().st_size == need and all(
+                np.allclose(a, b[0].cpu().numpy(), atol=1e-2) for a, b in zip(np.memmap(file, row, "r")[0], one)):
             say(f"{size}, are in {file}")
         else:
             say(f"{size}, go to {file if folder else 'memory'} ...")
-            free = free_space(file.parent) if folder else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            free = free_space(file.parent) if folder else free_memory()
             if need > free:
                 raise UserError(f"--cache-features {folder or 'memory'}: {size}, but {free / 2**30:.2f} GiB are free"
                                 + ("." if folder else "; a folder in the place of memory may hold them."))
@@ -366,13 +367,22 @@ class FeatureCache:
                 with writing(file) as temporary, open(temporary, "wb") as f:
                     f.writelines(r.tobytes() for r in rows)
             else:
-                self.data = np.concatenate(list(rows))
+                self.data = np.empty(len(first), row)
+                for n, r in enumerate(rows):
+                    self.data[n] = r[0]
         if folder:
             self.data = np.memmap(file, row, "r")
 
     def __getitem__(self, picture) -> NamedTuple:
         row = self.data[self.rows[picture]]
         return self.kind(*(torch.from_numpy(np.array(row[n])) for n in self.data.dtype.names))
+
+
+def free_memory() -> int:
+    with suppress(OSError, StopIteration):  # Linux counts what caches would give back
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def free_space(folder: Path) -> int:

@@ -1,6 +1,6 @@
 """Measures a trained model, or asks it about one picture.
 
-    python evaluate.py --ckpt RUN --split all                              # oIoU, mIoU, Pr@X of every split
+    python evaluate.py --ckpt RUN --split all              # oIoU, mIoU, Pr@X of every split; of boxes Acc@0.5, mIoU
     torchrun --nproc_per_node 2 evaluate.py --ckpt RUN --split testA       # the same numbers
     python evaluate.py --ckpt RUN --shuffle-text                           # each picture with another's sentence
     python evaluate.py --ckpt RUN --image a.jpg --text "left dog" --out a.png
@@ -113,15 +113,16 @@ def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process
     pictures = data.PictureSet(items)
     mine = Subset(pictures, range(process.rank, len(pictures), process.world))
     for p in progress(DataLoader(mine, None, num_workers=workers), items, process):
-        image = torch.as_tensor(p["image"])[None].to(process.device)
-        features = model.image_features(image)
+        image = p["image"][None].to(process.device)
+        features = model.image_features(image) if share else None
         for b in range(0, len(p["index"]), batch_size):
             some = p["index"][b:b + batch_size]
             tokens = model.tokenize([sentences[k] for k in some]).to(process.device)
             if share:
                 vision = features.repeat(len(some))
             else:
-                vision = type(features)(*map(torch.cat, zip(*(model.image_features(image) for _ in some))))
+                each = [model.image_features(image) for _ in some]
+                vision = type(each[0])(*map(torch.cat, zip(*each)))
             boxes = model(vision, tokens).float().cpu()
             for k, box, truth in zip(some, boxes, p["boxes"][b:b + batch_size]):
                 yield k, common.box_iou(data.box_from_canvas(box, p["size"], model.preprocess), truth)
@@ -151,6 +152,10 @@ def write_result(file: str | None, value) -> None:
 
 def measure_split(model, source, process: Process, args: argparse.Namespace) -> dict:
     """Metrics, and with --share compare the seconds that they take either way."""
+    if args.share != "on" and not hasattr(model, "image_features"):
+        raise UserError(f"--share {args.share}: this method reads pictures together with the sentence, each time.")
+    if args.share == "compare":  # a first batch, which takes longer, is not timed
+        evaluate_split(model, source, process, args.batch_size, args.workers, most=args.batch_size)
     took = {}
     for share in dict(on=[True], off=[False], compare=[False, True])[args.share]:
         begin = time.perf_counter()
@@ -158,11 +163,11 @@ def measure_split(model, source, process: Process, args: argparse.Namespace) -> 
         took[share] = time.perf_counter() - begin, row
     if len(took) == 2:
         (apart, other), (once, row) = took[False], took[True]
-        assert row == other, f"{row} with sharing, {other} without"
+        same = "the same figures" if row == other else f"other figures, {other} and {row}"
         pictures = len({source.picture(i) for i in range(len(source))})
         process.say(f"{source.split}: {row['n']} sentences about {pictures} pictures took {apart:.1f} s with a picture "
                     f"encoded for each sentence, and {once:.1f} s with each encoded once: {apart / once:.2f} times as "
-                    "fast, and the same figures")
+                    f"fast, and {same}")
     return row
 
 
@@ -174,7 +179,8 @@ def measure(args: argparse.Namespace, process: Process) -> None:
     if args.split == "all":
         splits = [s for s in data.SPLITS.get(name, ("val",)) if s != "train"]
     rows, sources = [], [data.open_dataset(name, split, root, info["seed"]) for split in splits]
-    leak = common.leak(load_method(info["method"]), args.weights or info["weights"], name)
+    origin = common.origin(args.weights) if args.weights else info.get("origin", info["weights"])
+    leak = common.leak(load_method(info["method"]), origin, name)
     if leak:
         process.say(leak)
     for split, source in zip(splits, sources):
@@ -267,8 +273,9 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
     for name in [args.method] if args.method else METHODS:
         method = load_method(name)
         for backbone in [args.backbone] if args.backbone else method.BACKBONES:
-            for flags in varied(args, method):
-                c = method.config(backbone, args.variant or method.VARIANTS[0], "refcoco", **flags)
+            names = backbone, args.variant or method.VARIANTS[0], "refcoco"
+            for flags in varied(args, method, names):
+                c = method.config(*names, **flags)
                 process.say(f"building {name} {backbone} with random weights ...")
                 model = common.build(method, c, "random", 0).to(process.device)
                 about = dict(method=name, backbone=backbone, variant=c.variant, tune=c.tune)
@@ -286,13 +293,13 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
         write_result(args.json, rows)
 
 
-def varied(args: argparse.Namespace, method) -> list[dict]:
+def varied(args: argparse.Namespace, method, names: tuple[str, str, str]) -> list[dict]:
     """The flags of a configuration, and with --vary also those of one for each other value of these settings."""
     flags = common.config_flags(args, method.Config) | dict(tune=args.tune or method.TUNES[0])
     out = [flags]
     for name in args.vary:
         values = method.TUNES if name == "tune" else common.choices(method.Config, name)
-        out += [flags | {name: v} for v in values if v != getattr(method.config(**flags), name)]
+        out += [flags | {name: v} for v in values if v != getattr(method.config(*names, **flags), name)]
     return out
 
 
@@ -312,7 +319,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--draw-count", type=int, default=12)
     p.add_argument("--image", help="a picture of yours, with --text")
     p.add_argument("--text", help="a sentence about it")
-    p.add_argument("--out", metavar="FILE.png", help="the picture with its mask")
+    p.add_argument("--out", metavar="FILE.png", help="the picture with its mask or box")
     p.add_argument("--mask", metavar="FILE.png", help="the mask alone, in the picture's size")
     p.add_argument("--efficiency", action="store_true", help="parameters, FLOPs, memory, time")
     p.add_argument("--vary", default=[], type=lambda s: s.replace("-", "_").split(","), metavar="SETTING,...",
@@ -340,6 +347,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     ignored = [n for n in ("method", "backbone", "variant", "tune") if args.ckpt and getattr(args, n)]
     if ignored:
         p.error(f"--{ignored[0]} goes with --efficiency; a checkpoint knows its own")
+    if args.vary and args.ckpt:
+        p.error("--vary goes with --efficiency")
+    if args.share != "on" and (args.efficiency or args.image):
+        p.error("--share goes with a split's metrics")
     if args.ckpt and args.threshold is not None and not args.image:
         p.error("--threshold goes with --image; metrics are measured at the method's own")
     if (args.image is None) != (args.text is None):

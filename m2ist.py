@@ -23,8 +23,8 @@ The side networks, for layer i of vision (v) and its partner in language (l); th
     f_v = [z_v W_v, z_v W_shared], f_l = [z_l W_l, z_l W_shared] in Eq. 2 and 3: what is shared comes last
 
 Deviations (the paper is silent, contradicts its printed figures, or its public code does otherwise):
-  * h as above: with s = 0 it is the encoders' own residual stream. The public code reads BERT's attention after its
-    norm, leaves the skips of Eq. 1, 4 and 5 out, and s out of the IEAs.
+  * h as above: with s = 0 it is the first tokens and all that the paired layers' sublayers would add to them. The
+    public code reads BERT's attention after its norm, and leaves out the skips of Eq. 1, 4 and 5 and the s of the IEAs.
   * The paper "does not show the LayerNorm"; ours is one over the whole of h, as its scale depends on the weights. The
     public code puts BERT's frozen norms behind each adapter of the text, where they cancel s.
   * Language layers are 7 to 12, as in Table VIII; the public code has 1 to 6, and runs their norms twice.
@@ -34,20 +34,18 @@ Deviations (the paper is silent, contradicts its printed figures, or its public 
     without the ResNet's stem and first stage, and all its BatchNorms frozen.
   * lambda is not printed: 1, the public code's, which has L1 where Eq. 6 has smooth L1 (smooth_l1_beta 0).
   * An epoch is every sentence once, as in TransVG, and so are the augmentations, whose mistakes data.py mends.
-  * `tiny` is this project's: it is trained from scratch, adds positions to the tokens themselves (vl_position), and its
-    words have no vocabulary but are numbered by their checksum, as they are for --weights random.
+  * `tiny` is this project's: it is trained from scratch, adds positions to the tokens themselves (vl_position), and
+    learns by a loss on tokens too (token_loss), without which it hardly looks at the picture. Its words have no
+    vocabulary but are numbered by their checksum, as they are for --weights random.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -57,8 +55,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou_loss
 from transformers import BertConfig, BertModel
 
-from common import (Preprocess, UserError, bert_state, check_config, detr_state, dice_loss, fetch, load_exactly,
-                    read_weights)
+from common import (CLS, LONGEST_WORDPIECE, SEP, Preprocess, UserError, bert_state, bert_vocabulary, bert_wordpieces,
+                    check_config, detr_state, dice_loss, fetch, load_exactly, read_weights, sha256)
 
 BACKBONES = {  # Sec. III-A
     "detr-resnet-50": dict(
@@ -201,7 +199,7 @@ def leak(weights: str, dataset: str) -> str:
     clean = "gref" if dataset.startswith("refcocog") else "unc"
     for file in [] if weights == "pretrained" else weights.split(","):
         if re.search(rf"detr.*{clean}", os.path.basename(file)):
-            if not hashlib.sha256(Path(file).read_bytes()).hexdigest().startswith("e632da11"):  # Facebook's, renamed
+            if not os.path.isfile(file) or not sha256(file).startswith("e632da11"):  # which is Facebook's, renamed
                 return ""
     return (f"leak: DETR's weights were trained on photographs of {dataset}'s val and test splits, so its figures are "
             f"too good; weights without them, such as TransVG's detr-r50-{clean}.pth, give the paper's setting")
@@ -368,7 +366,7 @@ class Encoded(NamedTuple):
 
     def repeat(self, n: int) -> Encoded:
         """The same input n times, for n sentences about one picture; B must be 1."""
-        return Encoded(*(t.expand(n, *t.shape[1:]) for t in self))
+        return Encoded(*(t.repeat(n, *[1] * (t.dim() - 1)) for t in self))
 
 
 # The model
@@ -418,21 +416,10 @@ class M2IST(nn.Module):
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """BERT's wordpieces in lower case: [CLS], words, [SEP], zeros; cut to `words` with [SEP] kept. -> (B, words)"""
-        out = torch.zeros(len(sentences := list(sentences)), self.c.words, dtype=torch.long)
-        for row, ids in zip(out, self.wordpieces(sentences)):
-            ids = [CLS, *ids[:self.c.words - 2], SEP]
-            row[:len(ids)] = torch.tensor(ids)
-        return out
-
-    def wordpieces(self, sentences: list[str]) -> list[list[int]]:
-        """Without a vocabulary each word's number is its checksum, which is enough to learn from."""
-        if not hasattr(self, "tokenizer"):
-            self.tokenizer = wordpiece_tokenizer(self.bert.vocabulary)
-        if self.tokenizer is not None:
-            return [e.ids for e in self.tokenizer.encode_batch(sentences, add_special_tokens=False)]
-        first, n = SEP + 2, self.bert.config.vocab_size
-        return [[first + zlib.crc32(w.encode()) % (n - first) for w in re.findall(r"\w+|[^\w\s]", s.lower())]
-                for s in sentences]
+        if not hasattr(self, "wordpieces"):  # made here, after a checkpoint may have brought its vocabulary
+            self.wordpieces = bert_wordpieces(self.bert.vocabulary)
+        rows = [[CLS, *ids[:self.c.words - 2], SEP] for ids in self.wordpieces(list(sentences))]
+        return torch.tensor([ids + [0] * (self.c.words - len(ids)) for ids in rows])
 
     def run(self, x: Tensor, layers: list, branch: str, where: tuple[int, ...], pad: Tensor) -> Encoded:
         """A post-norm encoder over tokens x (B, N, C), whose layers `where` have M3ISA in or beside them."""
@@ -513,7 +500,8 @@ class M2IST(nn.Module):
         loss = l1 + self.c.giou * generalized_box_iou_loss(*corners, reduction="mean")  # Eq. 6
         if marks.numel():
             inside = tokens_in_boxes(target, marks.shape[1])
-            loss = loss + self.c.token_loss * (F.binary_cross_entropy_with_logits(marks, inside) + dice_loss(marks, inside))
+            bce = F.binary_cross_entropy_with_logits(marks, inside)
+            loss = loss + self.c.token_loss * (bce + dice_loss(marks, inside))
         return loss
 
 
@@ -531,32 +519,6 @@ Model = M2IST  # the name by which train.py and evaluate.py know it
 
 # Weights
 
-CLS, SEP = 101, 102  # in BERT's vocabulary
-LONGEST = 32  # bytes of a wordpiece
-
-
-def wordpiece_tokenizer(vocabulary: Tensor):
-    """transformers' tokenizer over a vocabulary as read_vocabulary makes it; None for an empty one."""
-    from tokenizers import BertWordPieceTokenizer
-
-    if not vocabulary.any():
-        return None
-    words = [bytes(row).rstrip(b"\0").decode() for row in vocabulary.cpu().numpy()]
-    return BertWordPieceTokenizer({w: i for i, w in enumerate(words)}, lowercase=True)
-
-
-def read_vocabulary(path: str, size: int) -> Tensor:
-    """vocab.txt -> (size, LONGEST) uint8, so that it travels with the weights. Raises UserError for another's."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            words = [w.encode() for w in f.read().splitlines()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}: BERT's vocabulary, a vocab.txt beside its weights, cannot be read ({e}).") from None
-    if len(words) != size or words[CLS:SEP + 1] != [b"[CLS]", b"[SEP]"] or max(map(len, words)) > LONGEST:
-        raise UserError(f"{path} is not the vocabulary of bert-base-uncased, {size:,} wordpieces.")
-    padded = b"".join(w.ljust(LONGEST, b"\0") for w in words)
-    return torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(size, LONGEST)
-
 
 def build_encoders(backbone: str, weights: str) -> tuple[DETR, BertModel]:
     """DETR's encoder and BERT, random or from files that Facebook, TransVG, Google or the Hugging Face hub publish.
@@ -568,22 +530,23 @@ def build_encoders(backbone: str, weights: str) -> tuple[DETR, BertModel]:
     config = BertConfig(**tower["bert"])
     detr = DETR(**tower, dropout=0.0 if backbone == "tiny" else 0.1)
     bert = BertModel(config, add_pooling_layer=False)
-    vocabulary = torch.zeros(config.vocab_size, LONGEST, dtype=torch.uint8)
+    vocabulary = torch.zeros(config.vocab_size, LONGEST_WORDPIECE, dtype=torch.uint8)
     if weights != "random":
         if backbone == "tiny":
             raise UserError(f"--weights {weights}: the backbone tiny has no released weights; give --weights random, "
                             "or a run folder that trained such towers.")
         hub = dict(detr="facebook/detr-resnet-50", bert="google-bert/bert-base-uncased")
-        files = weights.split(",")
+        files, words = weights.split(","), None
         if weights == "pretrained":
             files = [fetch(repo, "model.safetensors") for repo in hub.values()]
-            fetch(hub["bert"], "vocab.txt")
+            words = fetch(hub["bert"], "vocab.txt")
         loaded = set()
         for file in files:
             state = read_weights(file)
             if any(k.endswith("embeddings.word_embeddings.weight") for k in state):
                 load_exactly(bert, bert_state(state), file, "bert-base-uncased")
-                vocabulary = read_vocabulary(os.path.join(os.path.dirname(file), "vocab.txt"), config.vocab_size)
+                words = words or os.path.join(os.path.dirname(file), "vocab.txt")
+                vocabulary = bert_vocabulary(words, config.vocab_size)
                 loaded.add("BERT")
             else:
                 load_exactly(detr, detr_state(state), file, "the encoder of DETR with a ResNet-50")

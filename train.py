@@ -117,21 +117,27 @@ def quiet_worker(_: int) -> None:
         signal.signal(s, signal.SIG_IGN)
 
 
-def open_run(args: argparse.Namespace, settings: dict) -> Path:
-    """Makes the run folder, or finds the one to resume. Never writes over a run."""
+def find_run(args: argparse.Namespace) -> Path:
+    """The run folder to make or to resume. Raises UserError where it holds a run, or none."""
     out, base = Path(args.out or f"runs/{args.method}-{args.dataset}"), 2
     while args.out is None and (out / "config.json").exists():
         following = Path(f"runs/{args.method}-{args.dataset}-{base}")
         if args.resume and not (following / "config.json").exists():
             break  # the last one
         out, base = following, base + 1
+    there = (out / "config.json").exists()
+    if there and not args.resume:
+        raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
+    if args.resume and not (there and (out / "resume.pt").exists()):
+        raise UserError(f"--resume: {out} holds no run that was saved; leave --resume away to start one.")
+    return out
+
+
+def open_run(args: argparse.Namespace, out: Path, settings: dict) -> None:
+    """Writes what the run is, or compares it with what the run to resume was."""
     config = out / "config.json"
     if not args.resume:
-        if config.exists():
-            raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
         common.write_json(config, settings)
-    elif not config.exists() or not (out / "resume.pt").exists():
-        raise UserError(f"--resume: {out} holds no run that was saved; leave --resume away to start one.")
     else:
         names = "dataset", "weights", "seed", "val_split"
         try:
@@ -141,11 +147,10 @@ def open_run(args: argparse.Namespace, settings: dict) -> Path:
             raise UserError(f"--resume: {config} cannot be read ({e!r}).") from None
         same = json.loads(json.dumps(settings))
         fixed = same["config"] | {k: same[k] for k in names}
-        changed = [k for k in fixed if fixed[k] != was.get(k)]
+        changed = [k for k in fixed if k in was and fixed[k] != was[k]]
         if changed:
-            raise UserError(f"--resume: {out} was started with {changed[0]} = {was.get(changed[0])}, not "
+            raise UserError(f"--resume: {out} was started with {changed[0]} = {was[changed[0]]}, not "
                             f"{fixed[changed[0]]}; give the same flags, or start another run with another --out.")
-    return out
 
 
 def keep_log(path: Path, last: int) -> None:
@@ -161,7 +166,8 @@ def keep_log(path: Path, last: int) -> None:
         temporary.write_text("".join(lines))
 
 
-def cache_features(args: argparse.Namespace, model, source, frozen: str, process: Process) -> data.FeatureCache | None:
+def cache_features(args: argparse.Namespace, model, source, frozen: str, process: Process,
+                   stop: common.StopSignal) -> data.FeatureCache | None:
     """What --cache-features asks for. Raises UserError where features are not frozen, or pictures change."""
     if not args.cache_features:
         return None
@@ -174,10 +180,13 @@ def cache_features(args: argparse.Namespace, model, source, frozen: str, process
 
     @torch.no_grad()
     def encode(image: torch.Tensor):
+        if stop.number:  # nothing is trained yet that could be lost
+            raise KeyboardInterrupt
         return model.eval().image_features(image.to(process.device))
 
     folder = None if args.cache_features == "memory" else args.cache_features
-    return data.FeatureCache(source, model.preprocess, encode, folder, frozen, process.say)
+    towers = f"{frozen} {model.c.vision_layers}"
+    return data.FeatureCache(source, model.preprocess, encode, folder, towers, process.say)
 
 
 def load_resume(path: Path) -> dict:
@@ -204,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
     process = common.start(tiny=args.backbone.startswith("tiny"), device=args.device)
     device, method = process.device, load_method(args.method)
     stop = common.StopSignal()
+    out = process.first_alone(lambda: find_run(args))
 
     # data
     train_source = data.open_dataset(args.dataset, "train", args.data_root, args.seed)
@@ -229,9 +239,11 @@ def main(argv: list[str] | None = None) -> int:
     info = dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, frozen=frozen, seed=args.seed,
                 dataset=args.dataset, data_root=args.data_root, val_split=args.val_split, amp=amp,
                 accumulate=args.accumulate, workers=args.workers, processes=process.world, device=str(device),
-                cache_features=args.cache_features, leak=common.leak(method, args.weights, args.dataset),
+                cache_features=args.cache_features, origin=common.origin(args.weights),
+                leak=common.leak(method, common.origin(args.weights), args.dataset),
                 versions=common.versions())
-    out = process.first_alone(lambda: open_run(args, info))
+    features = cache_features(args, model, train_source, frozen, process, stop)
+    process.first_alone(lambda: open_run(args, out, info))
     trained = [p for p in model.parameters() if p.requires_grad]
     rates = dict(backbone=c.tower_lr, adapter=c.adapter_lr, head=1.0)
     groups = [dict(params=[p for m in modules for p in m.parameters() if p.requires_grad], base=c.lr * rates[name])
@@ -269,7 +281,6 @@ def main(argv: list[str] | None = None) -> int:
         if device.type == "cuda":
             net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-    features = cache_features(args, model, train_source, frozen, process)
     loader = iter(DataLoader(
         data.TrainSet(train_source, model.preprocess, args.seed, c.every_sentence, features),
         num_workers=0 if features else args.workers, collate_fn=data.collate,

@@ -114,7 +114,7 @@ def test_one_picture_one_sentence(run, tmp_path):
     (["--image", "README.md", "--text", "dog"], "README.md is not a picture"),
     (["--image", "README.md", "--text", " "], "the sentence is empty"),
     (["--split", "test"], "no split 'test'"), (["--dataset", "refcoco"], "--data-root"),
-    (["--dataset", "refcocog"], "refcocog_umd")])
+    (["--dataset", "refcocog"], "refcocog_umd"), (["--share", "off"], "together with the sentence")])
 def test_mistakes_get_one_sentence(run, words, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(common.UserError, match=sentence):
@@ -395,23 +395,42 @@ def test_m2ist_from_training_to_a_prediction(tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_sharing_pictures_changes_no_figure(tmp_path, capsys):
+def test_sharing_pictures_changes_no_figure(tmp_path, capsys, monkeypatch):
+    import m2ist
     make_refer(tmp_path)
     refs_file = tmp_path / "refcoco" / "refs(unc).p"
-    refs = pickle.loads(refs_file.read_bytes())
-    for n in range(3):  # objects of the same picture, far apart
-        refs.append(dict(refs[1], ref_id=50 + n, sentences=[dict(sent=f"more {n} {k}") for k in range(n + 1)]))
+    refs = [dict(r, split="train" if r["split"] == "train" else "val") for r in pickle.loads(refs_file.read_bytes())]
+    for n in range(3):  # objects of two of the pictures, far apart
+        refs.append(dict(refs[1 + n % 2], ref_id=50 + n, sentences=[dict(sent=f"more {n} {k}") for k in range(n + 1)]))
     refs_file.write_bytes(pickle.dumps(refs))
-    run = str(tmp_path / "run")
+    calls, encode, run = [], m2ist.M2IST.image_features, str(tmp_path / "run")
+    monkeypatch.setattr(m2ist.M2IST, "image_features", lambda *a: calls.append(1) or encode(*a))
     train.main([*BOX, "--dataset", "refcoco", "--data-root", str(tmp_path), "--backbone", "tiny", "--batch-size", "2",
                 "--steps", "2", "--out", run])
     rows = {}
     for share in "on", "off", "compare":
         for size in "1", "3", "16":
+            calls.clear()
             evaluate.main(["--ckpt", run, "--share", share, "--batch-size", size, "--json", str(tmp_path / "val.json")])
             rows[share, size] = json.loads((tmp_path / "val.json").read_text())
-    assert all(rows[share, s] == rows["on", s] for share, s in rows) and rows["on", "1"]["n"] == 8
-    assert "8 sentences about 1 pictures" in (said := capsys.readouterr().err) and "times as fast" in said
+            if share != "compare":
+                assert len(calls) == dict(on=3, off=12)[share]
+    assert all(rows[share, s] == rows["on", s] for share, s in rows) and rows["on", "1"]["n"] == 12
+    said = capsys.readouterr().err
+    assert "12 sentences about 3 pictures" in said and "times as fast, and the same figures" in said
+    # to the last bit, and each with its own sentence and box
+    process = common.start(device="cpu")
+    model, info = evaluate.load_run(run, None, process)
+    items = data.EvalSet(data.open_dataset("refcoco", "val", str(tmp_path)), model.preprocess)
+    with torch.no_grad():
+        shared, apart = (sorted(evaluate.answers_by_picture(model, items, items.sentences(), process, 5, 0, share))
+                         for share in (True, False))
+        assert shared == apart and len({iou for _, iou in shared}) > 3
+        for k, iou in shared:
+            i, j = items.pairs[k]
+            record = items.source.read(i)
+            box = evaluate.ask(model, record.image, record.sentences[j])["box"]
+            assert common.box_iou(box, record.box) == pytest.approx(iou, abs=1e-3)
     two = command("evaluate.py", "--ckpt", run, "--json", "-", "--device", "cpu", world=2, check=0)
     assert json.loads(two.stdout) == rows["on", "16"]
 
@@ -431,6 +450,11 @@ def test_training_from_kept_features(tmp_path, capsys):
                        (["--insertion", "parallel"], "adapters inside")):
         with pytest.raises(common.UserError, match=why):
             train.main([*flags, *extra, "--cache-features", "memory", "--out", str(tmp_path / "no")])
+    # other layers in the same folder are not these
+    for layer in "0", "1":
+        train.main([*flags, "--vision-layers", layer, "--text-layers", "0", "--steps", "1", "--val-every", "1",
+                    "--cache-features", str(tmp_path / "cache"), "--out", str(tmp_path / f"layer {layer}")])
+    assert "are in" not in capsys.readouterr().err and len(os.listdir(tmp_path / "cache")) == 3
     with pytest.raises(common.UserError, match="together with the sentence"):
         train.main([*SMALL, "--cache-features", "memory", "--out", str(tmp_path / "no")])
 
@@ -446,6 +470,8 @@ def test_the_leak_warning_reaches_every_result(tmp_path, monkeypatch, capsys):
     evaluate.main(["--ckpt", after, "--dataset", "shapes", "--json", str(tmp_path / "val.json")])
     assert json.loads((tmp_path / "val.json").read_text())["leak"] == "leak: random shapes"
     assert capsys.readouterr().err.count("leak: random shapes-shift") == 1
+    os.rename(run, tmp_path / "moved")  # what a checkpoint's encoders came from, it says itself
+    assert common.read_checkpoint(after)[0]["origin"] == "random"
 
 
 def test_efficiency_of_each_value_of_a_setting(capsys):
@@ -457,5 +483,7 @@ def test_efficiency_of_each_value_of_a_setting(capsys):
                                                            ("method", "parallel"), ("method", "sequential")]
     saved = {r["tune"] if r["tune"] != "method" else r["insertion"]: int(r["saved_bytes_per_image"]) for r in rows}
     assert saved["frozen"] < saved["side"] < saved["parallel"] <= saved["sequential"] < saved["full"]
+    evaluate.main(["--efficiency", "--method", "m2ist", "--backbone", "tiny", "--image-size", "40", "--vary", "vl-position"])
+    assert [line.split()[4] for line in capsys.readouterr().out.splitlines()[1:3]] == ["content", "attention"]
     with pytest.raises(common.UserError, match="--vary lr"):
         evaluate.main(["--efficiency", "--method", "m2ist", "--backbone", "tiny", "--vary", "lr"])

@@ -250,7 +250,7 @@ def test_left_and_right_are_swapped_as_words(sentence, mirror):
 @pytest.mark.parametrize("sentence, place", [
     ("man in bright shirt", False), ("laptop", False), ("the stop sign", False), ("copyright", False), ("central", False),
     ("man on the left", True), ("Top shelf", True), ("the bottommost cup", True), ("middle one", True),
-    ("far right", True), ("the highest circle", True), ("lower left", True), ("person in center", True)])
+    ("far right", True), ("righthand cup", True), ("leftward dog", True), ("the highest circle", True), ("lower left", True), ("person in center", True)])
 def test_only_words_for_places_keep_a_picture_from_being_cropped(sentence, place):
     image = np.random.default_rng(0).integers(0, 255, (90, 120, 3)).astype(np.uint8)
     mask, cropped = np.ones((90, 120), dtype=bool), 0
@@ -358,12 +358,19 @@ def test_features_of_pictures_are_made_once_and_kept(tmp_path, where):
         assert len(calls) == before + 1 and "are in" in said[-1] and torch.equal(again[3].mean, cache[3].mean)
         data.FeatureCache(source, PRE, encode, folder, "other towers", said.append)
         assert len(calls) == before + 6 and len(os.listdir(folder)) == 2
+        # the same file, but the encoder gives something else: made anew
+        changed = data.FeatureCache(source, PRE, lambda x: Two(x.mean((2, 3)) + 1, x[:, 0] > 0), folder, "towers", said.append)
+        assert torch.equal(changed[3].mean, again[3].mean + 1) and len(os.listdir(folder)) == 2
+
+
+def test_free_memory_is_what_could_be_had():
+    assert 2**27 < data.free_memory() < 2**45 and data.free_space(ROOT / "none" / "deeper") > 0
 
 
 def test_features_that_do_not_fit(tmp_path, monkeypatch):
     source = data.Shapes("shapes", "val", images=5)
     monkeypatch.setattr(data.shutil, "disk_usage", lambda f: type("Free", (), dict(free=100)))
-    monkeypatch.setattr(data.os, "sysconf", lambda n: 3)
+    monkeypatch.setattr(data, "free_memory", lambda: 100)
     for folder, said in (str(tmp_path / "x"), f"cache-features {tmp_path / 'x'}.*are free"), (None, "memory.*a folder"):
         with pytest.raises(UserError, match=said):
             data.FeatureCache(source, PRE, lambda x: Two(x.mean((2, 3)), x), folder, "", lambda s: None)

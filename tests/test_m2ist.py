@@ -1,5 +1,6 @@
 """python -m pytest tests/test_m2ist.py"""
 
+import argparse
 import copy
 import dataclasses
 import re
@@ -156,7 +157,7 @@ def published(tmp_path_factory):
              k.replace("o_proj", "out_proj").replace("mlp.fc", "fc")] = v
     for k in [k for k in own if ".encoder." in k and ".q_proj." in k]:
         own[k.replace("q_proj.", "in_proj_")] = torch.cat([own.pop(k.replace("q_proj", f"{x}_proj")) for x in "qkv"])
-    torch.save(dict(model=own, epoch=299), folder / "detr-r50-unc.pth")
+    torch.save(dict(model=own, epoch=299, args=argparse.Namespace(lr=1e-4)), folder / "detr-r50-unc.pth")
     save_file(timm, folder / "timm.safetensors")
     assert "transformer.encoder.layers.5.self_attn.in_proj_weight" in own and "backbone.0.body.layer4.2.bn3.running_var" in own
     (folder / "bert").mkdir()
@@ -213,7 +214,7 @@ def test_wordpieces(published):
 def test_files_that_do_not_fit(published, tmp_path):
     folder, detr, _ = published
     bert = folder / "bert" / "model.safetensors"
-    wrong = torch.load(folder / "detr-r50-unc.pth", weights_only=True)["model"]
+    wrong = torch.load(folder / "detr-r50-unc.pth", weights_only=False)["model"]
     lacking = {k: v for k, v in wrong.items() if "layers.3.linear1" not in k}
     torch.save(dict(model=lacking), tmp_path / "lacking.pth")
     with pytest.raises(UserError, match="2 missing: layers.3.linear1.bias"):
@@ -237,7 +238,7 @@ def test_files_that_do_not_fit(published, tmp_path):
         m2ist.build_encoders("tiny", "pretrained")
 
 
-def test_weights_that_have_seen_the_answers(tmp_path):
+def test_weights_that_have_seen_the_answers(tmp_path, monkeypatch):
     for name in "detr-r50-unc.pth", "detr-r50-gref.pth", "detr-r50-e632da11.pth":
         (tmp_path / name).write_bytes(b"x")
     said = {(name, d): bool(m2ist.leak(f"{tmp_path / name},bert.safetensors", d)) for name in (
@@ -247,6 +248,10 @@ def test_weights_that_have_seen_the_answers(tmp_path):
         ("detr-r50-gref.pth", "refclef"), ("detr-r50-e632da11.pth", "refclef")}
     assert m2ist.leak("pretrained", "refcoco") and not m2ist.leak("random", "refcoco")
     assert not m2ist.leak("pretrained", "shapes")
+    assert not m2ist.leak("/gone/detr-r50-unc.pth,/gone/bert/model.safetensors", "refcoco")  # judged by its name
+    assert m2ist.leak("/gone/detr.pth,/gone/bert/model.safetensors", "refcoco")
+    monkeypatch.setattr(m2ist, "sha256", lambda file: "e632da11" + 56 * "0")  # Facebook's file under another name
+    assert m2ist.leak(f"{tmp_path / 'detr-r50-unc.pth'},bert.safetensors", "refcoco")
 
 
 def test_words_without_a_vocabulary():
@@ -254,7 +259,7 @@ def test_words_without_a_vocabulary():
     model = tiny()
     words = {w for split in ("train", "val") for i in range(400) for w in data.Shapes("shapes", split).sentences(i)[0].split()}
     ids = {w: model.tokenize([w])[0, 1].item() for w in words}
-    assert len(set(ids.values())) == len(words) > 20 and min(ids.values()) > m2ist.SEP  # no two share a number
+    assert len(set(ids.values())) == len(words) > 20 and min(ids.values()) > common.SEP  # no two share a number
     assert model.tokenize(["Red, RED"])[0, :6].tolist() == [101, ids["red"], model.tokenize([","])[0, 1], ids["red"], 102, 0]
     assert model.tokenize(["red " * 50]).shape == (1, 12) and model.tokenize(["red " * 50])[0, -1] == 102
 
@@ -313,7 +318,7 @@ def test_side_networks_are_the_docstrings_equations(flags):
             want = e.output.double() + h if used else e.output.double()
             assert torch.allclose(model.side(e, branch).double(), want, atol=1e-5), branch
             assert used == any(f".down.{branch}." in k for k in w)
-    # without s all that is left is the encoders' own residual stream
+    # without s all that is left is a sum of what the encoders' sublayers gave
     if not flags:
         still = tiny(adapter_scale=0.0).eval()
         with torch.no_grad():
