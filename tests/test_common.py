@@ -41,6 +41,16 @@ def test_metrics_by_hand():
                  "Pr@0.5": 40.0, "Pr@0.6": 40.0, "Pr@0.7": 40.0, "Pr@0.8": 40.0, "Pr@0.9": 40.0}  # 0.5 is not > 0.5
 
 
+def test_box_metrics_by_hand():
+    whole, half, apart = (0, 0, 10, 10), (0, 0, 10, 5), (20, 20, 30, 30)
+    ious = [common.box_iou(whole, b) for b in (whole, half, apart, (5, 5, 15, 15), (10, 0, 20, 10), (3, 3, 3, 9))]
+    assert ious == pytest.approx([1, 0.5, 0, 25 / 175, 0, 0])
+    assert common.box_iou((3, 3, 3, 3), (3, 3, 3, 3)) == 0
+    # IoU 0.5 counts
+    assert common.box_metrics(ious) == {"n": 6, "Acc@0.5": round(200 / 6, 4), "mIoU": round(100 * (1.5 + 25 / 175) / 6, 4)}
+    assert common.box_metrics([]) == {"n": 0, "Acc@0.5": 0, "mIoU": 0}
+
+
 def test_metrics_against_a_slow_count():
     rng = np.random.default_rng(0)
     rows, ious, inter, union = [], [], 0, 0

@@ -136,13 +136,14 @@ def published(tmp_path_factory):
     state = {f"model.{k}": v.contiguous() for k, v in detr.state_dict().items()}
     state |= {"class_labels_classifier.weight": torch.zeros(92, 256), "bbox_predictor.layers.0.weight": torch.zeros(4, 4)}
     save_file(state, folder / "hf.safetensors")
-    renames = [(r"^model\.backbone\.model\.", "backbone.0.body."), (r"^model\.", ""), (r"body\.embedder\.embedder\.convolution", "body.conv1"),
+    renames = [(r"^model\.backbone\.(conv_encoder\.)?model\.", "backbone.0.body."), (r"^model\.", ""),
+               (r"body\.embedder\.embedder\.convolution", "body.conv1"),
                (r"body\.embedder\.embedder\.normalization", "body.bn1"),
                (r"encoder\.stages\.(\d)\.layers", lambda m: f"layer{int(m[1]) + 1}"),
                (r"layer\.(\d)\.convolution", lambda m: f"conv{int(m[1]) + 1}"),
                (r"layer\.(\d)\.normalization", lambda m: f"bn{int(m[1]) + 1}"),
                (r"shortcut\.convolution", "downsample.0"), (r"shortcut\.normalization", "downsample.1"),
-               (r"^(encoder|decoder)\.", r"transformer.\1."), (r"o_proj", "out_proj"), (r"mlp\.fc", "linear"),
+               (r"^(encoder|decoder)\.", r"transformer.\1."), (r"\.o_proj", ".out_proj"), (r"(mlp\.)?fc", "linear"),
                (r"self_attn_layer_norm", "norm1"), (r"final_layer_norm", "norm2"), (r"input_projection", "input_proj"),
                (r"query_position_embeddings", "query_embed"), ("class_labels_classifier", "class_embed"),
                ("bbox_predictor", "bbox_embed")]
@@ -154,7 +155,7 @@ def published(tmp_path_factory):
         own[name] = v
         # as the hub has it: transformers' names, timm's ResNet
         timm["model.backbone.conv_encoder.model." + name.split("body.")[1] if "body." in name else
-             k.replace("o_proj", "out_proj").replace("mlp.fc", "fc")] = v
+             k.replace(".o_proj", ".out_proj").replace("mlp.fc", "fc")] = v
     for k in [k for k in own if ".encoder." in k and ".q_proj." in k]:
         own[k.replace("q_proj.", "in_proj_")] = torch.cat([own.pop(k.replace("q_proj", f"{x}_proj")) for x in "qkv"])
     torch.save(dict(model=own, epoch=299, args=argparse.Namespace(lr=1e-4)), folder / "detr-r50-unc.pth")
