@@ -476,7 +476,7 @@ def mask_metrics(rows: list[tuple[int, int]]) -> dict[str, float]:
     iou = np.where(u > 0, i / np.maximum(u, 1), 1.0)
     metrics = dict(n=len(rows), oIoU=i.sum() / max(u.sum(), 1), mIoU=iou.mean() if len(rows) else 0.0)
     metrics |= {f"Pr@{x / 10}": (iou > x / 10).mean() if len(rows) else 0.0 for x in range(5, 10)}
-    return {k: v if k == "n" else round(100 * float(v), 4) for k, v in metrics.items()}
+    return percentages(metrics)
 
 
 def box_iou(prediction: tuple, truth: tuple) -> float:
@@ -491,6 +491,10 @@ def box_metrics(ious: list[float]) -> dict[str, float]:
     """Percentages over expressions. Acc@0.5: share with IoU >= 0.5. mIoU: mean of IoUs."""
     iou, n = np.array(ious, dtype=np.float64), len(ious)
     metrics = {"n": n, "Acc@0.5": (iou >= 0.5).sum() / max(n, 1), "mIoU": iou.sum() / max(n, 1)}
+    return percentages(metrics)
+
+
+def percentages(metrics: dict[str, float]) -> dict[str, float]:
     return {k: v if k == "n" else round(100 * float(v), 4) for k, v in metrics.items()}
 
 

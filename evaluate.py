@@ -103,7 +103,8 @@ def answers(model, items: data.EvalSet, sentences: list[str], process: Process, 
         tokens = model.tokenize([sentences[k] for k in batch["index"]])
         logits = model(batch["image"].to(process.device), tokens.to(process.device))
         for k, one, truth in zip(batch["index"], logits.float().cpu(), batch["truth"]):
-            yield k, common.intersection_union(predicted_mask(one[0], truth.shape, model), truth)
+            on_photograph = data.from_canvas(one[0], truth.shape, model.preprocess)
+            yield k, common.intersection_union(predicted_mask(on_photograph, model.c.threshold), truth)
 
 
 def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int,
@@ -128,10 +129,9 @@ def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process
                 yield k, common.box_iou(data.box_from_canvas(box, p["size"], model.preprocess), truth)
 
 
-def predicted_mask(logits: torch.Tensor, size: tuple[int, int], model, threshold: float | None = None) -> torch.Tensor:
-    """Logits (h, w) over the canvas -> bool (H, W) on the photograph: sigmoid > threshold, strictly."""
-    t = model.c.threshold if threshold is None else threshold
-    return data.from_canvas(logits, tuple(size), model.preprocess) > math.log(t / (1 - t))
+def predicted_mask(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Logits (H, W) on the photograph -> bool (H, W): sigmoid > threshold, strictly."""
+    return logits > math.log(threshold / (1 - threshold))
 
 
 def print_table(rows: list[dict]) -> None:
@@ -201,8 +201,9 @@ def measure(args: argparse.Namespace, process: Process) -> None:
 def draw_examples(file: str, model, source, count: int) -> None:
     """A sheet of `count` expressions spread over a split: prediction above truth, sentence and IoU."""
     items, pictures = data.EvalSet(source, model.preprocess), []
+    sentences = items.sentences()
     for k in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int):
-        sentence, record = items.sentences()[k], items.record(int(k))
+        sentence, record = sentences[k], items.record(int(k))
         answer = ask(model, record.image, sentence)
         if model.task == "mask":
             truth, draw = record.mask, common.overlay
@@ -228,8 +229,8 @@ def ask(model, image: np.ndarray, sentence: str, threshold: float | None = None)
     if model.task == "box":
         return dict(box=[round(v, 2) for v in data.box_from_canvas(output, image.shape[:2], pre)])
     threshold = model.c.threshold if threshold is None else threshold
-    mask = predicted_mask(output[0], image.shape[:2], model, threshold).numpy()
-    probability = data.from_canvas(output[0], image.shape[:2], pre).sigmoid().numpy()
+    logits = data.from_canvas(output[0], image.shape[:2], pre)
+    mask, probability = predicted_mask(logits, threshold).numpy(), logits.sigmoid().numpy()
     return dict(mask=mask, area=int(mask.sum()), box=[int(v) for v in data.box_of(mask)] if mask.any() else None,
                 confidence=round(float(probability[mask].mean()), 4) if mask.any() else None, threshold=threshold)
 

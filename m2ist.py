@@ -60,12 +60,13 @@ from common import (CLS, LONGEST_WORDPIECE, SEP, Preprocess, UserError, bert_sta
 
 BACKBONES = {  # Sec. III-A
     "detr-resnet-50": dict(
-        resnet=(Bottleneck, (3, 4, 6, 3)), stage="layer4", frozen=("conv1", "layer1"),  # by TransVG, in full tuning
-        dim=256, heads=8, ffn=2048, layers=6, bert=dict()),
+        detr=dict(resnet=(Bottleneck, (3, 4, 6, 3)), stage="layer4", dim=256, heads=8, ffn=2048, layers=6, dropout=0.1),
+        bert=dict(), frozen=("conv1", "layer1")),  # in full tuning, by TransVG
     "tiny": dict(
-        resnet=(BasicBlock, (1, 1, 1, 1)), stage="layer2", frozen=(), dim=64, heads=2, ffn=128, layers=2,
+        detr=dict(resnet=(BasicBlock, (1, 1, 1, 1)), stage="layer2", dim=64, heads=2, ffn=128, layers=2, dropout=0.0),
         bert=dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-                  initializer_range=0.125, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
+                  initializer_range=0.125, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+        frozen=()),
 }
 STRIDES = dict(layer1=4, layer2=8, layer3=16, layer4=32)
 VARIANTS = ("m2ist",)
@@ -122,7 +123,7 @@ class Config:
 
 def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: str = "refcoco", **flags) -> Config:
     """The settings of a backbone and data set, and over them what the user set."""
-    c, tower = dict(backbone=backbone, variant=variant), BACKBONES[backbone]
+    c = dict(backbone=backbone, variant=variant)
     if dataset.startswith("refcocog"):
         c |= dict(words=40)
     if dataset == "refcoco+":
@@ -136,55 +137,55 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
     if flags.get("tune") in ("frozen", "full"):
         c |= dict(mha_adapter="none", ffn_adapter="none")
     c = Config(**(c | flags))
-    layers, text_layers = tower["layers"], BertConfig(**tower["bert"]).num_hidden_layers
-    stride = STRIDES[tower["stage"]]
+    detr, text_layers = BACKBONES[backbone]["detr"], BertConfig(**BACKBONES[backbone]["bert"]).num_hidden_layers
+    layers, dim, stride = detr["layers"], detr["dim"], STRIDES[detr["stage"]]
+
+    def rising(chosen: tuple[int, ...], n: int) -> bool:
+        return list(chosen) == sorted(set(chosen) & set(range(n)))
+
     check_config(
-        c, vision_layers=(list(c.vision_layers) == sorted(set(c.vision_layers) & set(range(layers))),
-                          f"rising numbers, 0 to {layers - 1}"),
+        c, vision_layers=(rising(c.vision_layers, layers), f"rising numbers, 0 to {layers - 1}"),
         image_size=(c.image_size % stride == 0, f"a multiple of {stride}"),
         words=(3 <= c.words <= 512, "3 to 512 wordpieces, what BERT reads"),
-        text_layers=(list(c.text_layers) == sorted(set(c.text_layers) & set(range(text_layers)))
-                     and len(c.text_layers) == len(c.vision_layers),
+        text_layers=(rising(c.text_layers, text_layers) and len(c.text_layers) == len(c.vision_layers),
                      f"rising numbers, 0 to {text_layers - 1}, one for each of vision_layers"),
-        interaction_dim=(c.interaction_dim <= tower["dim"], f"at most {tower['dim']}, the width of the vision encoder"),
+        interaction_dim=(c.interaction_dim <= dim, f"at most {dim}, the width of the vision encoder"),
         vl_heads=(lambda: c.vl_dim % c.vl_heads == 0, f"a divisor of vl_dim, {c.vl_dim}"),
         tune=(c.tune == "method" or c.mha_adapter == c.ffn_adapter == "none", "method, where there are adapters"))
     return c
 
 
-# What the paper prints of encoder parameters that are trained, beside the flags that we understand by it. Its public
-# code counts W_shared under both encoders (198,144; S) and 198,274 parameters that nothing uses (V).
+# Flags, what the paper prints for what we understand to be these (encoder parameters that are trained, GB of GPU memory
+# at batch size 64), and where. Its public code counts W_shared under both encoders (198,144; S) and 198,274 parameters
+# that nothing uses (V).
 PRINTED = [
-    ({}, "3.19M", "Tables I to X; 2,962,944 here. The public code's 2,987,520 and S or V are 3.19M"),
-    (dict(tune="frozen"), "0", "Table V (a)"),
-    (dict(tune="full"), "151M", "Table I; DETR's decoder and BERT's pooler, which the model does not have, counted"),
-    (dict(adapter_dim=8), "1.91M", "Table II, C_d = 8; with S and V"),
-    (dict(adapter_dim=32), "2.20M", "Table II, C_d = 32; with S and V, but at C_d = 128 with one of them"),
-    (dict(mha_adapter="none", ffn_adapter="lea"), "0.59M", "Table V (b); not reproducible, nor is (c): their sum is"),
-    (dict(mha_adapter="none", ffn_adapter="vea"), "1.02M", "Table V (c); not reproducible, nor is (b): their sum is"),
-    (dict(mha_adapter="none"), "1.61M", "Table V (d); with the LayerNorms of the public code"),
-    (dict(ffn_adapter="none"), "1.58M", "Table V (e); with S"),
-    (dict(mha_adapter="vea+lea"), "3.22M", "Table VI (a); twice Table V (d)"),
-    (dict(ffn_adapter="iea"), "3.17M", "Table VI (b); about twice Table V (e)"),
-    (dict(mha_adapter="vea+lea", ffn_adapter="iea"), "3.19M", "Table VI (c); as (d)"),
-    (dict(insertion="sequential"), "3.19M", "Table VII (a); as (c)"),
-    (dict(insertion="parallel"), "3.19M", "Table VII (b); as (c)"),
-    (dict(text_layers=(0, 1, 2, 3, 4, 5)), "3.19M", "Table VIII (a)"),
-    (dict(text_layers=(0, 2, 4, 6, 8, 10)), "3.19M", "Table VIII (b)"),
-    (dict(interaction_dim=64), "2.00M", "Table IX (a); a larger C_i has fewer parameters. 2.00M is C_d = 32 with V"),
-    (dict(interaction_dim=128), "2.40M", "Table IX (b); a larger C_i has fewer parameters. 2.40M is C_d = 64 with V"),
+    ({}, "3.19M", 15.44, "Tables I to X; 2,962,944 here. The public code's 2,987,520 and S or V are 3.19M"),
+    (dict(tune="frozen"), "0", 14.32, "Table V (a)"),
+    (dict(tune="full"), "151M", 38.95, "Table I; with DETR's decoder and BERT's pooler, which are not in the model"),
+    (dict(adapter_dim=8), "1.91M", None, "Table II, C_d = 8; with S and V"),
+    (dict(adapter_dim=32), "2.20M", None, "Table II, C_d = 32; with S and V, but at C_d = 128 with one of them"),
+    (dict(mha_adapter="none", ffn_adapter="lea"), "0.59M", 14.90, "Table V (b); only the sum with (c) is met"),
+    (dict(mha_adapter="none", ffn_adapter="vea"), "1.02M", 14.52, "Table V (c); only the sum with (b) is met"),
+    (dict(mha_adapter="none"), "1.61M", 15.09, "Table V (d); with the LayerNorms of the public code"),
+    (dict(ffn_adapter="none"), "1.58M", 14.84, "Table V (e); with S"),
+    (dict(mha_adapter="vea+lea"), "3.22M", 15.65, "Table VI (a); twice Table V (d)"),
+    (dict(ffn_adapter="iea"), "3.17M", 14.84, "Table VI (b); about twice Table V (e)"),
+    (dict(mha_adapter="vea+lea", ffn_adapter="iea"), "3.19M", 15.38, "Table VI (c); as (d)"),
+    (dict(insertion="sequential"), "3.19M", 27.19, "Table VII (a); as (c)"),
+    (dict(insertion="parallel"), "3.19M", 20.37, "Table VII (b); as (c)"),
+    (dict(text_layers=(0, 1, 2, 3, 4, 5)), "3.19M", None, "Table VIII (a)"),
+    (dict(text_layers=(0, 2, 4, 6, 8, 10)), "3.19M", None, "Table VIII (b)"),
+    (dict(interaction_dim=64), "2.00M", 15.34, "Table IX (a); a larger C_i has fewer. 2.00M is C_d = 32 with V"),
+    (dict(interaction_dim=128), "2.40M", 15.35, "Table IX (b); a larger C_i has fewer. 2.40M is C_d = 64 with V"),
 ]
-PRINTED_GB = {"side": 15.44, "sequential": 27.19, "parallel": 20.37, "frozen": 14.32, "full": 38.95}  # Tables I, V, VII
 
 
 def printed(c: Config) -> dict:
     """What the paper prints of this configuration: parameters, and GB of GPU memory at batch size 64."""
-    for flags, params, source in PRINTED:
+    for flags, params, memory, source in PRINTED:
         if c == config(**flags):
-            name = "params_backbone" if c.tune == "full" else "params_adapter"
-            memory = c.insertion if c.tune == "method" else c.tune
-            plain = not flags or flags.keys() <= {"insertion", "tune"}
-            return {name: params, "source": source} | (dict(memory_gb_at_64=PRINTED_GB[memory]) if plain else {})
+            row = {"params_backbone" if c.tune == "full" else "params_adapter": params, "source": source}
+            return row | (dict(memory_gb_at_64=memory) if memory else {})
     return {}
 
 
@@ -317,8 +318,7 @@ def bert_sublayers(layer: nn.Module, pad: Tensor):
 class DETR(nn.Module):
     """DETR's ResNet, 1x1 convolution and encoder layers, under its names but for their prefixes."""
 
-    def __init__(self, resnet, stage: str, frozen: tuple[str, ...], dim: int, heads: int, ffn: int, layers: int,
-                 dropout: float, bert=None):
+    def __init__(self, resnet, stage: str, dim: int, heads: int, ffn: int, layers: int, dropout: float):
         super().__init__()
         block, blocks = resnet
         body = OrderedDict(ResNet(block, blocks, norm_layer=FrozenBatchNorm2d).named_children())
@@ -383,12 +383,12 @@ class M2IST(nn.Module):
         super().__init__()
         self.c = c
         self.detr, self.bert = build_encoders(c.backbone, weights)
-        tower = BACKBONES[c.backbone]
-        widths = dict(vision=tower["dim"], text=self.bert.config.hidden_size)
+        detr = BACKBONES[c.backbone]["detr"]
+        widths = dict(vision=detr["dim"], text=self.bert.config.hidden_size)
         pairs = len(c.vision_layers) if c.tune == "method" else 0
         self.m3isa = nn.ModuleList(M3ISA(c, widths) for _ in range(pairs))
         self.visu_proj, self.text_proj = (nn.Linear(w, c.vl_dim) for w in widths.values())
-        n = 1 + c.words + (c.image_size // STRIDES[tower["stage"]]) ** 2
+        n = 1 + c.words + (c.image_size // STRIDES[detr["stage"]]) ** 2
         self.reg = nn.Embedding(1, c.vl_dim)
         self.vl_position = nn.Embedding(n, c.vl_dim)
         self.vl_encoder = nn.ModuleList(EncoderLayer(c.vl_dim, c.vl_heads, c.vl_ffn, c.vl_dropout)
@@ -398,7 +398,7 @@ class M2IST(nn.Module):
         self.preprocess = Preprocess(c.image_size, interpolation="bilinear", pad_channel=True, augment=c.augment)
         for encoder in self.detr, self.bert:
             encoder.requires_grad_(c.tune == "full")
-        for name in tower["frozen"]:
+        for name in BACKBONES[c.backbone]["frozen"]:
             getattr(self.detr.body, name).requires_grad_(False)
         self.graph = c.tune == "full" or pairs > 0 and c.insertion != "side"  # through the encoders
 
@@ -526,9 +526,8 @@ def build_encoders(backbone: str, weights: str) -> tuple[DETR, BertModel]:
     `weights`: "random", "pretrained" (the hub's cache, or downloaded) or two files with a comma between; BERT's has
     its vocab.txt beside it.
     """
-    tower = BACKBONES[backbone]
-    config = BertConfig(**tower["bert"])
-    detr = DETR(**tower, dropout=0.0 if backbone == "tiny" else 0.1)
+    config = BertConfig(**BACKBONES[backbone]["bert"])
+    detr = DETR(**BACKBONES[backbone]["detr"])
     bert = BertModel(config, add_pooling_layer=False)
     vocabulary = torch.zeros(config.vocab_size, LONGEST_WORDPIECE, dtype=torch.uint8)
     if weights != "random":

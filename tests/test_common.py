@@ -1,5 +1,6 @@
 """python -m pytest tests/test_common.py"""
 
+import copy
 import json
 import os
 
@@ -31,6 +32,17 @@ def save_as_openai(clip, file):
             return x
 
     torch.jit.trace(Archive(), torch.zeros(1)).save(str(file))
+
+
+def two_steps(model, images, tokens, target):
+    """Trains for two steps. -> (the state before, the fingerprint before)"""
+    before, frozen = copy.deepcopy(model.state_dict()), common.fingerprint(model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(model(images, tokens), target).backward()
+        optimizer.step()
+    return before, frozen
 
 
 def test_metrics_by_hand():

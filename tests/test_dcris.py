@@ -1,6 +1,5 @@
 """python -m pytest tests/test_dcris.py"""
 
-import copy
 
 import open_clip
 import pytest
@@ -11,7 +10,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 import dcris
 from common import UserError, count, fingerprint, trained_state
-from tests.test_common import save_as_openai
+from tests.test_common import save_as_openai, two_steps
 
 SENTENCES = ["the small red circle on the left", "square"]
 
@@ -104,13 +103,7 @@ def test_zero_init_starts_as_the_plain_towers():
 @pytest.mark.parametrize("variant", dcris.VARIANTS)
 def test_only_adapters_and_head_learn(variant):
     model = tiny(variant=variant).train()
-    before, frozen = copy.deepcopy(model.state_dict()), fingerprint(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    images, tokens, masks = inputs(model, 4)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model.loss(model(images, tokens), masks).backward()
-        optimizer.step()
+    before, frozen = two_steps(model, *inputs(model, 4))
     towers = ("vision.", "text.")
     for name, p in model.named_parameters():
         assert p.requires_grad == (not name.startswith(towers)), name

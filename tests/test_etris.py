@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import data
 import etris
 from common import UserError, count, fingerprint, saved_bytes, trained_names, trained_state
-from tests.test_common import save_as_openai
+from tests.test_common import save_as_openai, two_steps
 
 SENTENCES = ["the small red circle on the left", "square"]
 TINY = "tiny", "tiny-vit"
@@ -171,13 +171,7 @@ def test_other_sizes_and_shapes_of_picture(backbone, side):
 @pytest.mark.parametrize("backbone, variant", BOTH)
 def test_only_bridgers_and_head_learn(backbone, variant):
     model = tiny(backbone, variant).train()
-    before, frozen = copy.deepcopy(model.state_dict()), fingerprint(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    images, tokens, masks = inputs(model, 4)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model.loss(model(images, tokens), masks).backward()
-        optimizer.step()
+    before, frozen = two_steps(model, *inputs(model, 4))
     positions = {"clip.positional_embedding", "clip.visual.attnpool.positional_embedding" if model.resnet
                  else "clip.visual.positional_embedding"} if variant == "released" else set()
     for name, p in model.named_parameters():

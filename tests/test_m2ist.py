@@ -1,7 +1,6 @@
 """python -m pytest tests/test_m2ist.py"""
 
 import argparse
-import copy
 import dataclasses
 import re
 
@@ -15,6 +14,7 @@ from transformers import BertConfig, BertModel, DetrConfig, DetrModel, ResNetCon
 import common
 import m2ist
 from common import UserError, count, fingerprint, saved_bytes, trained_state
+from tests.test_common import two_steps
 
 SENTENCES = ["the small red circle on the left", "square"]
 
@@ -480,13 +480,7 @@ def test_no_graph_through_the_encoders(tune):
                                    dict(mha_adapter="vea", ffn_adapter="iea")])
 def test_only_adapters_and_head_learn(flags):
     model = tiny(**flags).train()
-    before, frozen = copy.deepcopy(model.state_dict()), fingerprint(model)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    images, tokens, boxes = inputs(model, 4)
-    for _ in range(2):
-        optimizer.zero_grad()
-        model.loss(model(images, tokens), boxes).backward()
-        optimizer.step()
+    before, frozen = two_steps(model, *inputs(model, 4))
     for name, p in model.named_parameters():
         assert p.requires_grad == (not name.startswith(("detr.", "bert."))), name
         assert (p.grad is not None and bool(p.grad.any())) == p.requires_grad, name
