@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import re
 import signal
@@ -43,6 +44,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -99,6 +101,20 @@ def fetch(repo: str, name: str) -> str:
         return hf_hub_download(repo, name)
     except (RepositoryNotFoundError, EntryNotFoundError, OSError) as e:
         raise UserError(f"{name} of {repo} could not be downloaded: {str(e).splitlines()[0]}") from None
+
+
+def download(url: str) -> str:
+    """Path of a released file, from torch.hub's cache or downloaded into it. Raises UserError without either."""
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path))  # to a temporary name first
+        except OSError as e:
+            raise UserError(f"{path} is not there and {url} cannot be downloaded ({e}). With a network: curl -L -o "
+                            f"{path} {url}. Without one, --weights FILE takes a file, and --weights random or "
+                            "--backbone tiny needs none.") from None
+    return str(path)
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -211,6 +227,22 @@ def detr_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def beit3_state(state: dict[str, Tensor], path: str, grid: int) -> dict[str, Tensor]:
+    """BEiT-3's weights without its heads, as shared_ris.BEiT3 names them, with positions for grid x grid patches."""
+    heads = re.compile(r"(mlm_head|mim_head|language_head|vision_head)\.|logit_scale$")
+    state = {re.sub(r"^(encoder|vision_embed)\.", "", name): v.float() for k, v in state.items()
+             if not heads.match(name := k.removeprefix("beit3."))}
+    positions = state.get(key := "embed_positions.A.weight")
+    if positions is None or positions.dim() != 2 or (side := math.isqrt(max(0, len(positions) - 3))) ** 2 + 3 != len(
+            positions):
+        raise UserError(f"{path} does not hold BEiT-3: its positions, encoder.{key}, are not those of a square.")
+    rest, square = positions[:3], positions[3:].view(1, side, side, -1).permute(0, 3, 1, 2)
+    if side != grid:  # as BEiT-3's authors do: bicubic, not antialiased
+        square = F.interpolate(square, (grid, grid), mode="bicubic")
+    state[key] = torch.cat([rest, square.flatten(2)[0].T])
+    return state
+
+
 # Blocks that no paper claims
 
 
@@ -262,6 +294,53 @@ def bert_wordpieces(vocabulary: Tensor) -> Callable[[list[str]], list[list[int]]
     words = [bytes(row).rstrip(b"\0").decode() for row in vocabulary.cpu().numpy()]
     tokenizer = BertWordPieceTokenizer({w: i for i, w in enumerate(words)}, lowercase=True)
     return lambda sentences: [e.ids for e in tokenizer.encode_batch(sentences, add_special_tokens=False)]
+
+
+PAD = 1  # in BEiT-3's vocabulary, where 0 and 2 are start and end, 3 an unknown piece
+
+
+class SentencePieces(nn.Module):
+    """BEiT-3's tokenizer. Its model, the file beit3.spm, is a part of the state dict, so that it travels with weights.
+
+    Without a file each word has its checksum for a number, which is enough to learn from. Raises UserError for a file
+    that is missing or no such model.
+    """
+
+    def __init__(self, path: str = ""):
+        super().__init__()
+        self.model, self.processor = b"", None
+        if path:
+            try:
+                self.load(Path(path).read_bytes())
+            except (OSError, RuntimeError) as e:
+                raise UserError(f"{path}: BEiT-3's tokenizer, the file beit3.spm released with its weights, cannot be "
+                                f"read ({e}).") from None
+
+    def load(self, model: bytes) -> None:
+        self.model, self.processor = model, None
+        if model:
+            try:
+                from sentencepiece import SentencePieceProcessor
+            except ImportError:
+                raise UserError("BEiT-3's tokenizer needs sentencepiece: pip install sentencepiece.") from None
+            self.processor = SentencePieceProcessor(model_proto=model)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.from_numpy(np.frombuffer(self.model, dtype=np.uint8).copy())
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.load(state.cpu().numpy().tobytes())
+
+    def tokenize(self, sentences: list[str], length: int, rows: int) -> Tensor:
+        """Start, pieces, end, PAD up to the longest sentence; cut to `length` with the end kept. `rows`: of the table
+        of embeddings, whose first four and last nine are no words. -> (B, L)"""
+        if self.processor:
+            ids = [[i + 1 if i else 3 for i in row] for row in self.processor.encode(sentences)]
+        else:
+            ids = [[4 + zlib.crc32(w.encode()) % (rows - 13) for w in re.findall(r"\w+|[^\w\s]", s.lower())]
+                   for s in sentences]
+        ids = [torch.tensor([0, *row[:length - 2], 2]) for row in ids]
+        return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
 
 
 @lru_cache
@@ -341,8 +420,10 @@ def check_config(c, **rules: tuple) -> None:
             wanted = "0 or more"
         elif value == 0 and (name in positive or name.endswith(("_dim", "_heads", "_ffn")) or name == "decoder_layers"):
             wanted = "positive"
-        elif name == "threshold" and not 0 < value < 1 or name.endswith("_dropout") and value >= 1:
+        elif name == "threshold" and not 0 < value < 1:
             wanted = "between 0 and 1"
+        elif (name.endswith("_dropout") or name in ("drop_path", "beta2")) and value >= 1:
+            wanted = "below 1"
         elif typing.get_origin(kind) is tuple and (len(set(value)) < len(value) or min(value, default=0) < 0):
             wanted = "different numbers, none negative"
         if wanted:
@@ -589,12 +670,16 @@ def read_checkpoint(path: str, tensors: bool = True) -> tuple[dict, dict[str, Te
     return info, state
 
 
+def same_shape(name: str, a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape or name.endswith("_extra_state")  # of a tokenizer, say: of any length
+
+
 def load_trained(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
     """Puts a checkpoint's tensors back; every one that this model trains must be there, and no other."""
     every, names = model.state_dict(), trained_names(model)
     own = {k: every[k] for k in names}
     odd = [k for k in own.keys() ^ state.keys()] + [k for k in own.keys() & state.keys()
-                                                    if own[k].shape != state[k].shape]
+                                                    if not same_shape(k, own[k], state[k])]
     if odd:
         raise UserError(f"{where} does not fit this model: {len(odd)} tensors differ, such as {sorted(odd)[0]}.")
     model.load_state_dict(state, strict=False)
@@ -613,7 +698,7 @@ def load_towers(model: nn.Module, run: str, method: str) -> None:
         raise UserError(f"--weights {run}: that run trained no towers (it was --tune {info['config']['tune']}); "
                         "give its own --weights, or a run with --tune full.")
     own = model.state_dict()
-    odd = sorted(k for k, v in state.items() if k not in own or own[k].shape != v.shape)
+    odd = sorted(k for k, v in state.items() if k not in own or not same_shape(k, own[k], v))
     if odd:
         raise UserError(f"--weights {run}: its towers do not fit these settings: {odd[0]} is "
                         f"{tuple(state[odd[0]].shape)} there.")
@@ -698,7 +783,8 @@ def efficiency(model: nn.Module, timed: int = 1) -> dict:
     device, size = next(model.parameters()).device, model.preprocess.size
     images = torch.zeros(2, 4 if model.preprocess.pad_channel else 3, size, size, device=device)
     target = torch.full((2, size, size) if model.task == "mask" else (2, 4), 0.5, device=device)
-    tokens = model.tokenize(["the small red circle on the left"] * 2).to(device)
+    sentence = "the small red circle on the left of the large blue square above the cross next to it"
+    tokens = model.tokenize([sentence] * 2).to(device)  # 18 words: 20 tokens, where the method has no length of its own
     parts = {name: count(modules) for name, modules in model.parts().items()}
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as flops:

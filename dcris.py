@@ -113,6 +113,7 @@ class Config:
     lr: float = 1e-4
     adapter_lr: float = 1.0                 # times lr, for the adapters
     tower_lr: float = 1.0                   # times lr, for towers that are trained
+    beta2: float = 0.999                    # Adam's second
     weight_decay: float = 0.0
     schedule: Literal["step", "cosine"] = "step"  # x 0.1 at each milestone (epochs); cosine: to 0 over the run
     milestones: tuple[int, ...] = (35,)

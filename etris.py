@@ -122,6 +122,7 @@ class Config:
     lr: float = 1e-4
     adapter_lr: float = 1.0                 # times lr, for the Bridgers
     tower_lr: float = 1.0                   # times lr, for what is trained in the towers
+    beta2: float = 0.999                    # Adam's second
     weight_decay: float = 0.0
     schedule: Literal["step", "cosine"] = "step"  # x 0.1 at each milestone (epochs); cosine: to 0 over the run
     milestones: tuple[int, ...] = (35,)

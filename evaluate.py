@@ -29,7 +29,7 @@ import common
 import data
 from common import Process, UserError
 
-METHODS = ("dcris", "etris", "m2ist")
+METHODS = ("dcris", "etris", "m2ist", "shared_ris")
 MAIN_METRIC = dict(mask="mIoU", box="Acc@0.5")  # what the best step is chosen by
 
 

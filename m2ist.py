@@ -113,6 +113,7 @@ class Config:
     lr: float = 1e-4
     adapter_lr: float = 0.1                 # times lr, for M3ISA
     tower_lr: float = 0.1                   # times lr, for encoders that are trained, as TransVG
+    beta2: float = 0.999                    # Adam's second
     weight_decay: float = 1e-4
     schedule: Literal["step", "cosine"] = "step"  # x 0.1 at each milestone (epochs); cosine: to 0 over the run
     milestones: tuple[int, ...] = (60,)

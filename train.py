@@ -245,11 +245,12 @@ def main(argv: list[str] | None = None) -> int:
     features = cache_features(args, model, train_source, frozen, process, stop)
     process.first_alone(lambda: open_run(args, out, info))
     trained = [p for p in model.parameters() if p.requires_grad]
-    rates = dict(backbone=c.tower_lr, adapter=c.adapter_lr, head=1.0)
+    rates = dict(backbone=c.tower_lr, adapter=getattr(c, "adapter_lr", 1.0), head=1.0)
     groups = [dict(params=[p for m in modules for p in m.parameters() if p.requires_grad], base=c.lr * rates[name])
               for name, modules in model.parts().items()]
     adam = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
-    optimizer = adam([g for g in groups if g["params"]], lr=c.lr, weight_decay=c.weight_decay, fused=True)
+    optimizer = adam([g for g in groups if g["params"]], lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay,
+                     fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, enabled=amp != "off")
 
