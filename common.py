@@ -17,6 +17,7 @@ What train.py and evaluate.py ask of a method file, whichever it is:
         .parts()                 {"backbone" | "adapter" | "head": [modules]}, what is counted under each name
     and where pictures are read without the sentence
         .image_features(images)  what forward takes in their place; .repeat(n) is the same for n sentences
+        .features_key            a name for these features beside the frozen weights, "" where training changes them
     leak(weights, dataset)       optional: a warning where weights were trained on a data set's val or test pictures
 """
 
@@ -109,6 +110,7 @@ def download(url: str) -> str:
     if not path.exists():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()  # one quick look
             torch.hub.download_url_to_file(url, str(path))  # to a temporary name first
         except OSError as e:
             raise UserError(f"{path} is not there and {url} cannot be downloaded ({e}). With a network: curl -L -o "
@@ -785,10 +787,15 @@ def efficiency(model: nn.Module, timed: int = 1) -> dict:
     target = torch.full((2, size, size) if model.task == "mask" else (2, 4), 0.5, device=device)
     sentence = "the small red circle on the left of the large blue square above the cross next to it"
     tokens = model.tokenize([sentence] * 2).to(device)  # 18 words: 20 tokens, where the method has no length of its own
-    parts = {name: count(modules) for name, modules in model.parts().items()}
+    sizes = {name: count(modules) for name, modules in model.parts().items()}
     model.eval()
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         model(images[:1], tokens[:1])
+    calls, whole = flops.get_flop_counts(), type(model).__name__
+    parts = {name: dict(params=count(m)) for name, m in model.named_children() if count(m)}
+    for name in parts:  # of what is called as a module; towers whose blocks are called one by one are not
+        if f"{whole}.{name}" in calls:
+            parts[name]["gflops"] = round(sum(calls[f"{whole}.{name}"].values()) / 1e9, 3)
     model.train()
     bytes_ = saved_bytes(model, images, tokens, target)
     seconds = []
@@ -800,9 +807,9 @@ def efficiency(model: nn.Module, timed: int = 1) -> dict:
         seconds.append(time.perf_counter() - begin)
         model.zero_grad()
     return dict(
-        params_total=count(model), params_trainable=count(model, trainable=True), params_adapter=parts["adapter"],
-        params_head=parts["head"], params_backbone=parts["backbone"],
-        adapter_percent_of_backbone=round(100 * parts["adapter"] / parts["backbone"], 4),
+        params_total=count(model), params_trainable=count(model, trainable=True), params_adapter=sizes["adapter"],
+        params_head=sizes["head"], params_backbone=sizes["backbone"],
+        adapter_percent_of_backbone=round(100 * sizes["adapter"] / sizes["backbone"], 4), parts=parts,
         gflops_forward=round(flops.get_total_flops() / 1e9, 3), saved_bytes_per_image=bytes_ // 2,
         step_seconds_per_image=round(min(seconds[1:]) / 2, 4),
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads")

@@ -3,6 +3,7 @@
     python evaluate.py --ckpt RUN --split all              # oIoU, mIoU, Pr@X of every split; of boxes Acc@0.5, mIoU
     torchrun --nproc_per_node 2 evaluate.py --ckpt RUN --split testA       # the same numbers
     python evaluate.py --ckpt RUN --shuffle-text                           # each picture with another's sentence
+    python evaluate.py --ckpt RUN --by-size                                # and for small and large objects apart
     python evaluate.py --ckpt RUN --image a.jpg --text "left dog" --out a.png
     python evaluate.py --efficiency --method dcris --backbone dinov2-base
 
@@ -30,6 +31,7 @@ import data
 from common import Process, UserError
 
 METHODS = ("dcris", "etris", "m2ist", "shared_ris")
+SIZES = 0, 1, 2, 5, 10, 20, 50, 100  # of objects, in per cent of the photograph
 MAIN_METRIC = dict(mask="mIoU", box="Acc@0.5")  # what the best step is chosen by
 
 
@@ -66,8 +68,9 @@ def others_sentences(sentences: list[str], seed: int = 0) -> list[str]:
 
 @torch.no_grad()
 def evaluate_split(model, source, process: Process, batch_size: int = 16, workers: int = 0, shuffle_text: bool = False,
-                   most: int | None = None, share: bool = True) -> dict:
-    """Metrics of a split (see common.mask_metrics and box_metrics), or of its first `most` sentences.
+                   most: int | None = None, share: bool = True, by_size: bool = False) -> dict:
+    """Metrics of a split (see common.mask_metrics and box_metrics), or of its first `most` sentences; with `by_size`
+    also a list of them, for objects of so much of the photograph's area (of whose boxes, where the answer is a box).
 
     They are the same on every process, for any number of processes, and with and without `share`: whether a picture is
     encoded once for all its sentences, where a method can.
@@ -84,9 +87,16 @@ def evaluate_split(model, source, process: Process, batch_size: int = 16, worker
         rows = answers(model, items, sentences, process, batch_size, workers)
     rows = sorted(row for part in process.gather(list(rows)) for row in part)
     model.train(was_training)
-    numbers, scores = [k for k, _ in rows], [score for _, score in rows]
+    numbers, scores, sizes = ([row[n] for row in rows] for n in range(3))
     assert numbers == list(range(len(items))), f"{source.name} {source.split}: not every sentence counted once"
-    return common.mask_metrics(scores) if model.task == "mask" else common.box_metrics(scores)
+    metrics = common.mask_metrics if model.task == "mask" else common.box_metrics
+    result = metrics(scores)
+    if by_size:
+        groups = np.digitize(sizes, SIZES[1:-1])  # from the first number on, below the second
+        result["by_size"] = [
+            {"size": f"{SIZES[g]}-{SIZES[g + 1]} %"} | metrics([s for s, n in zip(scores, groups) if n == g])
+            for g in np.unique(groups)]
+    return result
 
 
 def progress(loader: DataLoader, items: data.EvalSet, process: Process):
@@ -94,7 +104,7 @@ def progress(loader: DataLoader, items: data.EvalSet, process: Process):
 
 
 def answers(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int, workers: int):
-    """(number, (intersection, union)) of this process's share of the expressions."""
+    """(number, (intersection, union), size) of this process's share of the expressions."""
     # whole batches are dealt out, so that a batch is the same whoever computes it
     batches = [range(b, min(b + batch_size, len(items))) for b in range(0, len(items), batch_size)]
     mine = [k for b in batches[process.rank::process.world] for k in b]
@@ -104,13 +114,14 @@ def answers(model, items: data.EvalSet, sentences: list[str], process: Process, 
         logits = model(batch["image"].to(process.device), tokens.to(process.device))
         for k, one, truth in zip(batch["index"], logits.float().cpu(), batch["truth"]):
             on_photograph = data.from_canvas(one[0], truth.shape, model.preprocess)
-            yield k, common.intersection_union(predicted_mask(on_photograph, model.c.threshold), truth)
+            mask = predicted_mask(on_photograph, model.c.threshold)
+            yield k, common.intersection_union(mask, truth), 100 * float(truth.float().mean())
 
 
 def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int,
                        workers: int, share: bool):
-    """(number, IoU of boxes) of this process's share of the pictures. Each is encoded alone, once or for each of its
-    sentences, so that the figures are the same to the last bit."""
+    """(number, IoU of boxes, size) of this process's share of the pictures. Each is encoded alone, once or for each of
+    its sentences, so that the figures are the same to the last bit."""
     pictures = data.PictureSet(items)
     mine = Subset(pictures, range(process.rank, len(pictures), process.world))
     for p in progress(DataLoader(mine, None, num_workers=workers), items, process):
@@ -126,7 +137,9 @@ def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process
                 vision = type(each[0])(*map(torch.cat, zip(*each)))
             boxes = model(vision, tokens).float().cpu()
             for k, box, truth in zip(some, boxes, p["boxes"][b:b + batch_size]):
-                yield k, common.box_iou(data.box_from_canvas(box, p["size"], model.preprocess), truth)
+                (x1, y1, x2, y2), (height, width) = truth, p["size"]
+                size = 100 * (x2 - x1) * (y2 - y1) / (height * width)
+                yield k, common.box_iou(data.box_from_canvas(box, p["size"], model.preprocess), truth), size
 
 
 def predicted_mask(logits: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -159,7 +172,8 @@ def measure_split(model, source, process: Process, args: argparse.Namespace) -> 
     took = {}
     for share in dict(on=[True], off=[False], compare=[False, True])[args.share]:
         begin = time.perf_counter()
-        row = evaluate_split(model, source, process, args.batch_size, args.workers, args.shuffle_text, share=share)
+        row = evaluate_split(model, source, process, args.batch_size, args.workers, args.shuffle_text, share=share,
+                             by_size=args.by_size)
         took[share] = time.perf_counter() - begin, row
     if len(took) == 2:
         (apart, other), (once, row) = took[False], took[True]
@@ -191,7 +205,11 @@ def measure(args: argparse.Namespace, process: Process) -> None:
         rows.append(about | row | (dict(leak=leak) if leak else {}))
     if process.rank == 0:
         if args.json != "-":
-            print_table(rows)
+            print_table([{k: v for k, v in row.items() if k != "by_size"} for row in rows])
+            for row in rows if args.by_size else ():
+                print(f"\n{row['split']}, by the object's share of the photograph" +
+                      (" (its box's)" if model.task == "box" else ""))
+                print_table(row["by_size"])
         write_result(args.json, rows if args.split == "all" else rows[0])
         if args.draw:
             draw_examples(args.draw, model, sources[0], args.draw_count)
@@ -286,10 +304,14 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
         if args.json != "-":
             for key in dict.fromkeys((row["method"], row["backbone"]) for row in rows):
                 same = [row for row in rows if (row["method"], row["backbone"]) == key]
-                print_table([{k: v for k, v in row.items() if k not in ("device", "paper")} for row in same])
+                print_table([{k: v for k, v in row.items() if k not in ("device", "paper", "parts")} for row in same])
                 print(f"  on {same[0]['device']}; 1 multiply-add = 2 FLOPs")
                 for n, row in enumerate(same, 1):
-                    print(f"  the paper prints{f' for row {n}' if len(same) > 1 else ''} {row['paper'] or 'nothing'}")
+                    which = f" of row {n}" if len(same) > 1 else ""
+                    print(f"  parts{which}: " + ", ".join(
+                        f"{name} {part['params']:,}" + (f" ({part['gflops']:.2f} GFLOPs)" if "gflops" in part else "")
+                        for name, part in row["parts"].items()))
+                    print(f"  the paper prints{which}: {row['paper'] or 'nothing'}")
                 print()
         write_result(args.json, rows)
 
@@ -313,6 +335,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--data-root", help="folder of a REFER data set; default: the run's")
     p.add_argument("--split", default="val", help="val, testA, testB, test, train, or all (but train)")
     p.add_argument("--shuffle-text", action="store_true", help="give each picture another's sentence")
+    p.add_argument("--by-size", action="store_true", help="also for objects of each size apart")
     p.add_argument("--workers", type=int, default=0, help="processes that read data")
     p.add_argument("--share", default="on", choices=("on", "off", "compare"),
                    help="boxes: a picture is encoded once for all its sentences; off: for each; compare: both, timed")
@@ -350,8 +373,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--{ignored[0]} goes with --efficiency; a checkpoint knows its own")
     if args.vary and args.ckpt:
         p.error("--vary goes with --efficiency")
-    if args.share != "on" and (args.efficiency or args.image):
-        p.error("--share goes with a split's metrics")
+    if (args.share != "on" or args.by_size) and (args.efficiency or args.image):
+        p.error(f"--{'by-size' if args.by_size else 'share'} goes with a split's metrics")
     if args.ckpt and args.threshold is not None and not args.image:
         p.error("--threshold goes with --image; metrics are measured at the method's own")
     if (args.image is None) != (args.text is None):

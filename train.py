@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
     p.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after another, to save memory")
     p.add_argument("--workers", type=int, help="processes that read data, for each process that trains")
     p.add_argument("--cache-features", metavar="memory|FOLDER",
-                   help="keep what the frozen encoder gives for each picture (m2ist with --no-augment)")
+                   help="keep what the frozen encoder gives for each picture, where it reads them without the sentence")
     p.add_argument("--log-every", type=int, default=50, help="steps")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     words = sys.argv[1:] if argv is None else argv
@@ -172,7 +172,7 @@ def cache_features(args: argparse.Namespace, model, source, frozen: str, process
     if not args.cache_features:
         return None
     wrong = "that method reads pictures together with the sentence" if not hasattr(model, "image_features") else \
-        "features change while their encoder is trained or has adapters inside" if model.graph else \
+        "features change while their encoder is trained or has adapters inside" if not model.features_key else \
         "pictures change from epoch to epoch; --no-augment leaves them as they are" if model.preprocess.augment else \
         "it is for one process" if process.world > 1 else ""
     if wrong:
@@ -185,7 +185,7 @@ def cache_features(args: argparse.Namespace, model, source, frozen: str, process
         return model.eval().image_features(image.to(process.device))
 
     folder = None if args.cache_features == "memory" else args.cache_features
-    towers = f"{frozen} {model.c.vision_layers}"
+    towers = f"{frozen} {model.features_key}"
     return data.FeatureCache(source, model.preprocess, encode, folder, towers, process.say)
 
 

@@ -425,8 +425,8 @@ def test_sharing_pictures_changes_no_figure(tmp_path, capsys, monkeypatch):
     with torch.no_grad():
         shared, apart = (sorted(evaluate.answers_by_picture(model, items, items.sentences(), process, 5, 0, share))
                          for share in (True, False))
-        assert shared == apart and len({iou for _, iou in shared}) > 3
-        for k, iou in shared:
+        assert shared == apart and len({iou for _, iou, _ in shared}) > 3
+        for k, iou, _ in shared:
             i, j = items.pairs[k]
             record = items.source.read(i)
             box = evaluate.ask(model, record.image, record.sentences[j])["box"]
@@ -457,6 +457,79 @@ def test_training_from_kept_features(tmp_path, capsys):
     assert "are in" not in capsys.readouterr().err and len(os.listdir(tmp_path / "cache")) == 3
     with pytest.raises(common.UserError, match="together with the sentence"):
         train.main([*SMALL, "--cache-features", "memory", "--out", str(tmp_path / "no")])
+
+
+def test_shared_ris_from_training_to_a_prediction(tmp_path, capsys):
+    flags = ["--method", "shared_ris", *SMALL[2:]]
+    train.main([*flags, "--drop-path", "0.2", "--out", str(tmp_path / "run")])
+    info, state = common.read_checkpoint(str(tmp_path / "run"))
+    assert info["config"]["tune"] == "full" and info["frozen"] == "" and "beit3.mask_token" in state
+    lines = log_of(tmp_path / "run")
+    train.main([*flags, "--drop-path", "0.2", "--checkpointing", "--accumulate", "1", "--out", str(tmp_path / "less")])
+    assert log_of(tmp_path / "less") == lines
+    # its encoder for another run: the method trains it further, frozen leaves it alone
+    first = common.build(__import__("shared_ris"), common.config_from_json(
+        evaluate.load_method("shared_ris").Config, info["config"], "x"), str(tmp_path / "run"), 0).state_dict()
+    for tune in "method", "frozen":
+        out = tmp_path / tune
+        train.main([*flags, "--dataset", "shapes-shift", "--weights", str(tmp_path / "run"), "--out", str(out),
+                    *(["--tune", tune] if tune == "frozen" else [])])
+        info, after = common.read_checkpoint(str(out))
+        assert info["config"]["tune"] == tune and bool(info["frozen"]) == (tune == "frozen")
+        moved = {k.split(".")[0] for k in after if not torch.equal(after[k], first[k])}
+        assert moved == {"fpn", "decoder"} | ({"beit3"} if tune == "method" else set())
+        evaluate.main(["--ckpt", str(out), "--json", str(tmp_path / "val.json")])
+        best = json.loads((out / "metrics.json").read_text())
+        row = json.loads((tmp_path / "val.json").read_text())
+        assert row["method"] == "shared_ris" and row["mIoU"] == best["mIoU"]
+    with pytest.raises(common.UserError, match="do not fit these settings: beit3.embed_positions.A.weight"):
+        train.main([*flags, "--image-size", "128", "--weights", str(tmp_path / "run"), "--out", str(tmp_path / "no")])
+    photo = np.random.default_rng(0).integers(0, 255, (90, 161, 3)).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    evaluate.main(["--ckpt", str(out), "--image", str(tmp_path / "a.png"), "--text", "left", "--threshold", "0.01",
+                   "--out", str(tmp_path / "b.png"), "--json", str(tmp_path / "b.json")])
+    assert np.asarray(Image.open(json.loads((tmp_path / "b.json").read_text())["mask"])).shape == (90, 161)
+    capsys.readouterr()
+    evaluate.main(["--efficiency", "--method", "shared_ris", "--backbone", "tiny", "--vary", "fpn-fusion"])
+    said = capsys.readouterr().out
+    assert "parts of row 3: beit3 " in said and "GFLOPs), decoder " in said and "the paper prints of row 1: nothing" in said
+
+
+@pytest.mark.parametrize("method", ["shared_ris", "m2ist"])
+def test_figures_by_the_size_of_the_object(tmp_path, capsys, method):
+    """Against the same, collected by hand from single predictions."""
+    run, refer = str(tmp_path / "run"), tmp_path / "refer"
+    refer.mkdir()
+    make_refer(refer)
+    train.main(["--method", method, *SMALL[2:], "--out", run])
+    flags = ["--ckpt", run, "--by-size", "--json"]
+    evaluate.main(["--ckpt", run, "--json", str(tmp_path / "plain.json")])
+    evaluate.main([*flags, str(tmp_path / "val.json")])
+    plain, row = (json.loads((tmp_path / f).read_text()) for f in ("plain.json", "val.json"))
+    groups = row.pop("by_size")
+    assert row == plain and sum(g["n"] for g in groups) == row["n"]
+    model, _ = evaluate.load_run(run, None, common.start(device="cpu"))
+    items, wanted = data.EvalSet(data.open_dataset("shapes", "val"), model.preprocess), {}
+    for i, j in items.pairs:
+        record = items.source.read(i)
+        answer = evaluate.ask(model, record.image, record.sentences[j])
+        h, w = record.image.shape[:2]
+        if method == "m2ist":
+            x1, y1, x2, y2 = record.box
+            share, score = (x2 - x1) * (y2 - y1) / (h * w), common.box_iou(answer["box"], record.box)
+        else:
+            share, mask = record.mask.sum() / (h * w), answer["mask"]
+            score = int((mask & record.mask).sum()), int((mask | record.mask).sum())
+        low = max(s for s in (0, 1, 2, 5, 10, 20, 50) if 100 * share >= s)
+        wanted.setdefault(low, []).append(score)
+    metrics = common.box_metrics if method == "m2ist" else common.mask_metrics
+    assert len(wanted) > 1 and [int(g.pop("size").split("-")[0]) for g in groups] == sorted(wanted)
+    for group, low in zip(groups, sorted(wanted)):
+        assert group == pytest.approx(metrics(wanted[low]), abs=0.05)
+    assert "by the object's share of the photograph" in capsys.readouterr().out
+    small = ["--dataset", "refcoco", "--data-root", str(refer), "--split", "train", "--device", "cpu"]
+    one, two = (command("evaluate.py", *flags, "-", *small, world=n, check=0) for n in (1, 2))
+    assert json.loads(one.stdout) == json.loads(two.stdout) and json.loads(one.stdout)["by_size"][0]["n"] == 4
 
 
 def test_the_leak_warning_reaches_every_result(tmp_path, monkeypatch, capsys):
