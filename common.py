@@ -106,16 +106,24 @@ def fetch(repo: str, name: str) -> str:
 
 def download(url: str) -> str:
     """Path of a released file, from torch.hub's cache or downloaded into it. Raises UserError without either."""
+    from filelock import FileLock  # torch needs it too
+
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()  # one quick look
-            torch.hub.download_url_to_file(url, str(path))  # to a temporary name first
-        except OSError as e:
-            raise UserError(f"{path} is not there and {url} cannot be downloaded ({e}). With a network: curl -L -o "
-                            f"{path} {url}. Without one, --weights FILE takes a file, and --weights random or "
-                            "--backbone tiny needs none.") from None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):  # one of several processes downloads it
+            if not path.exists():
+                with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10) as answer:
+                    size = answer.headers.get("Content-Length")
+                part = path.with_name(path.name + ".part")
+                torch.hub.download_url_to_file(url, str(part))
+                if size and part.stat().st_size != int(size):
+                    raise OSError(f"{part.stat().st_size:,} of {int(size):,} bytes came")
+                os.replace(part, path)
+    except OSError as e:
+        raise UserError(f"{path} is not there and {url} cannot be downloaded ({e}). With a network: curl -fL -o {path} "
+                        f"{url}. Without one, --weights FILE takes a file, and --weights random or --backbone tiny "
+                        "needs none.") from None
     return str(path)
 
 
@@ -136,8 +144,9 @@ def read_weights(path: str) -> dict[str, Tensor]:
                 state = torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as e:  # whatever a broken or foreign file makes the readers say
         why = re.sub(r"\x1b\[\d+m", "", str(e)).splitlines()[0][:200]  # torch prints in bold
+        why = "it holds something else than tensors" if why.startswith("Weights only load failed") else why
         raise UserError(f"{path} cannot be read as weights: {why}") from None
-    for wrapper in "state_dict", "model":
+    for wrapper in "state_dict", "model", "module":
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -235,8 +244,9 @@ def beit3_state(state: dict[str, Tensor], path: str, grid: int) -> dict[str, Ten
     state = {re.sub(r"^(encoder|vision_embed)\.", "", name): v.float() for k, v in state.items()
              if not heads.match(name := k.removeprefix("beit3."))}
     positions = state.get(key := "embed_positions.A.weight")
-    if positions is None or positions.dim() != 2 or (side := math.isqrt(max(0, len(positions) - 3))) ** 2 + 3 != len(
-            positions):
+    rows = len(positions) if positions is not None and positions.dim() == 2 else 0
+    side = math.isqrt(max(1, rows - 3))
+    if rows != side ** 2 + 3:
         raise UserError(f"{path} does not hold BEiT-3: its positions, encoder.{key}, are not those of a square.")
     rest, square = positions[:3], positions[3:].view(1, side, side, -1).permute(0, 3, 1, 2)
     if side != grid:  # as BEiT-3's authors do: bicubic, not antialiased
@@ -302,44 +312,51 @@ PAD = 1  # in BEiT-3's vocabulary, where 0 and 2 are start and end, 3 an unknown
 
 
 class SentencePieces(nn.Module):
-    """BEiT-3's tokenizer. Its model, the file beit3.spm, is a part of the state dict, so that it travels with weights.
+    """BEiT-3's tokenizer for a table of `rows` embeddings. Its model, the file beit3.spm, is a part of the state dict,
+    so that it travels with the weights.
 
     Without a file each word has its checksum for a number, which is enough to learn from. Raises UserError for a file
-    that is missing or no such model.
+    that is missing, broken or another model's.
     """
 
-    def __init__(self, path: str = ""):
+    def __init__(self, path: str, rows: int):
         super().__init__()
-        self.model, self.processor = b"", None
+        self.rows, self.model, self.processor = rows, b"", None
         if path:
             try:
-                self.load(Path(path).read_bytes())
-            except (OSError, RuntimeError) as e:
+                model = Path(path).read_bytes()
+            except OSError as e:
                 raise UserError(f"{path}: BEiT-3's tokenizer, the file beit3.spm released with its weights, cannot be "
-                                f"read ({e}).") from None
+                                f"read ({e.strerror}).") from None
+            self.load(model, path)
+            # <mask> comes after the pieces, and eight rows are unused
+            if not self.processor or self.processor.get_piece_size() != rows - 10 or self.processor.unk_id() != 0:
+                raise UserError(f"{path} is not BEiT-3's tokenizer, beit3.spm with its {rows - 10:,} pieces.")
 
-    def load(self, model: bytes) -> None:
+    def load(self, model: bytes, path: str) -> None:
         self.model, self.processor = model, None
         if model:
             try:
                 from sentencepiece import SentencePieceProcessor
             except ImportError:
                 raise UserError("BEiT-3's tokenizer needs sentencepiece: pip install sentencepiece.") from None
-            self.processor = SentencePieceProcessor(model_proto=model)
+            try:
+                self.processor = SentencePieceProcessor(model_proto=model)
+            except RuntimeError:
+                raise UserError(f"{path} is not BEiT-3's tokenizer, nor any sentencepiece model.") from None
 
     def get_extra_state(self) -> Tensor:
         return torch.from_numpy(np.frombuffer(self.model, dtype=np.uint8).copy())
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.load(state.cpu().numpy().tobytes())
+        self.load(state.cpu().numpy().tobytes(), "what this checkpoint holds")
 
-    def tokenize(self, sentences: list[str], length: int, rows: int) -> Tensor:
-        """Start, pieces, end, PAD up to the longest sentence; cut to `length` with the end kept. `rows`: of the table
-        of embeddings, whose first four and last nine are no words. -> (B, L)"""
+    def tokenize(self, sentences: list[str], length: int) -> Tensor:
+        """Start, pieces, end, PAD up to the longest sentence; cut to `length` with the end kept. -> (B, L)"""
         if self.processor:
             ids = [[i + 1 if i else 3 for i in row] for row in self.processor.encode(sentences)]
-        else:
-            ids = [[4 + zlib.crc32(w.encode()) % (rows - 13) for w in re.findall(r"\w+|[^\w\s]", s.lower())]
+        else:  # the first four rows and the last nine are no words
+            ids = [[4 + zlib.crc32(w.encode()) % (self.rows - 13) for w in re.findall(r"\w+|[^\w\s]", s.lower())]
                    for s in sentences]
         ids = [torch.tensor([0, *row[:length - 2], 2]) for row in ids]
         return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
@@ -744,10 +761,13 @@ def leak(method, weights: str, dataset: str) -> str:
 
 def versions() -> dict[str, str]:
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    names = "torchvision", "transformers", "open_clip_torch", "numpy", "pillow"
-    return {"python": platform.python_version(), "torch": torch.__version__} | {n: version(n) for n in names}
+    out = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in "torchvision", "transformers", "open_clip_torch", "sentencepiece", "numpy", "pillow":
+        with suppress(PackageNotFoundError):
+            out[name] = version(name)
+    return out
 
 
 # Counting

@@ -77,9 +77,11 @@ def open_dataset(name: str, split: str, data_root: str | None = None, seed: int 
 
 
 def check_sentence(sentence: str) -> str:
-    """The sentence without outer blanks. Raises UserError if nothing is left."""
+    """The sentence without outer blanks. Raises UserError if nothing is left, or bytes that are no text."""
     if not sentence.strip():
         raise UserError("the sentence is empty; say what to look for, such as \"left dog\".")
+    if not sentence.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in sentence):
+        raise UserError(f"the sentence {sentence!a} holds bytes that are no text in UTF-8.")
     return sentence.strip()
 
 

@@ -3,7 +3,7 @@
     python evaluate.py --ckpt RUN --split all              # oIoU, mIoU, Pr@X of every split; of boxes Acc@0.5, mIoU
     torchrun --nproc_per_node 2 evaluate.py --ckpt RUN --split testA       # the same numbers
     python evaluate.py --ckpt RUN --shuffle-text                           # each picture with another's sentence
-    python evaluate.py --ckpt RUN --by-size                                # and for small and large objects apart
+    python evaluate.py --ckpt RUN --by-size                                # also by the size of the object
     python evaluate.py --ckpt RUN --image a.jpg --text "left dog" --out a.png
     python evaluate.py --efficiency --method dcris --backbone dinov2-base
 
@@ -115,7 +115,7 @@ def answers(model, items: data.EvalSet, sentences: list[str], process: Process, 
         for k, one, truth in zip(batch["index"], logits.float().cpu(), batch["truth"]):
             on_photograph = data.from_canvas(one[0], truth.shape, model.preprocess)
             mask = predicted_mask(on_photograph, model.c.threshold)
-            yield k, common.intersection_union(mask, truth), 100 * float(truth.float().mean())
+            yield k, common.intersection_union(mask, truth), 100 * int(truth.sum()) / truth.numel()
 
 
 def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int,
@@ -335,7 +335,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--data-root", help="folder of a REFER data set; default: the run's")
     p.add_argument("--split", default="val", help="val, testA, testB, test, train, or all (but train)")
     p.add_argument("--shuffle-text", action="store_true", help="give each picture another's sentence")
-    p.add_argument("--by-size", action="store_true", help="also for objects of each size apart")
+    p.add_argument("--by-size", action="store_true", help="also by the share of the photograph that the object takes")
     p.add_argument("--workers", type=int, default=0, help="processes that read data")
     p.add_argument("--share", default="on", choices=("on", "off", "compare"),
                    help="boxes: a picture is encoded once for all its sentences; off: for each; compare: both, timed")

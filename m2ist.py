@@ -402,7 +402,7 @@ class M2IST(nn.Module):
         for name in BACKBONES[c.backbone]["frozen"]:
             getattr(self.detr.body, name).requires_grad_(False)
         self.graph = c.tune == "full" or pairs > 0 and c.insertion != "side"  # through the encoders
-        self.features_key = "" if self.graph else f"layers {c.vision_layers}"
+        self.features_key = "" if self.graph else str(c.vision_layers)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """What the parameter tables count."""

@@ -15,24 +15,27 @@ sentence's first token is the object. Everything is trained. No code of the auth
     Fig. 5                 bi-directional fusion       BiDirection
     Tables III, V, VII, VIII  other stages and fusions   Config.stages, .shared_layers, .fpn_fusion, .decoder_fusion
 
-Deviations (the paper is silent, or contradicts itself, its printed figures or BEiT-3's weights):
-  * Eq. 4 and 5 draw one MSA and one LN for both modalities. In BEiT-3's weights each has its own of everything but the
-    softmax, with a LayerNorm before each last projection (sub-LN); so has this file.
-  * Eq. 6 and 7 give 6.83 M parameters, the tables print 8 M; nothing was invented to fill the gap.
-  * The printed 46 GFLOPs of the decoder need a 1x1 convolution after the blocks of Eq. 10, as CRIS has one, and its 5 M
-    without a shared layer leave no room for the MLP of Eq. 11, which is then left out.
-  * h_j are a layer's outputs as they are. So BEiT-3's last LayerNorm is not read, nor its mask token: nothing trains
-    them. The text says stages "3, 6, 8, 12" once, else 3, 6, 9, 12; those of the large encoder are in proportion.
-  * Without FPN a linear layer takes h_L to 512 channels. In cross-attention the picture asks the words, which stay as
-    they are. 8 heads, no positions and no dropout outside the encoder. Padding is no key anywhere.
-  * Pictures are stretched to the square, as CGFormer does, and their values are BEiT-3's, -1 to 1. A sentence has up to
-    64 tokens, as BEiT-3's; a batch is as long as its longest.
-  * The mask is thresholded at the photograph's size; the paper thresholds first and resizes then.
-  * Eq. 12 is taken at the logits' size: a mean over pixels, and Dice of each sample. 14 pictures on each of 8 GPUs are
-    a batch of 112. "Gradient clipping" cites GradNorm; here it is of the norm. AdamW decays everything, as is said.
+Deviations (where the paper is silent or contradicts itself, its printed figures or BEiT-3's weights):
+  * Eq. 4 and 5 draw one MSA and one LN for both modalities. In BEiT-3's weights each modality has its own of everything
+    but the softmax, and a LayerNorm stands before each last projection (sub-LN): so it is here. With AMP, GELU runs in
+    half precision; BEiT-3's code has it in fp32.
+  * Eq. 6 and 7 give 6.83 M parameters, the tables print 8 M; no layer was invented for the rest.
+  * The decoder's printed 46 GFLOPs fit only with 3x3 convolutions of 512 channels and a 1x1 convolution behind them,
+    as in CRIS. Its printed 5 M without a shared layer leave no room for the MLP of Eq. 11, which is then left out; else
+    it has two layers and a ReLU. The MLP of Eq. 9 is 4 times as wide as its input, with GELU.
+  * h_j are the outputs of layer j as they are. BEiT-3's last LayerNorm and its mask token are therefore not read and not
+    trained. The text once says stages "3, 6, 8, 12", else 3, 6, 9, 12; the large encoder's are in proportion.
+  * Without FPN one linear layer takes h_L to 512 channels. In cross-attention the queries are the picture's, and the
+    words stay as they are. Outside the encoder: 8 heads, no positions, no dropout. Padding is no key anywhere.
+  * Pictures are stretched to a square (bilinear), as in CGFormer, and normalised to -1..1, as in BEiT-3. A sentence has
+    up to 64 tokens, as in BEiT-3, and is padded to the longest of its batch.
+  * The logits are resized to the photograph before the threshold; the paper thresholds first.
+  * Eq. 12 is taken at the logits' size, of the masks' nearest pixels; BCE is a mean over pixels, Dice over samples. An
+    epoch has one sentence of each object, as in CGFormer. The batch is 14 on each of 8 GPUs, 112. "Gradient clipping"
+    cites GradNorm; here it is of the norm. Weight decay excepts nothing, as the paper names no exception.
   * `--tune frozen` (FPN and decoder alone, for small GPUs) is not the paper's.
-  * `tiny` is this project's: a small random encoder, trained from scratch. Its words have no vocabulary but are numbered
-    by their checksum, as they are for --weights random.
+  * `tiny` is this project's: a small random encoder, trained from scratch. Its words have no vocabulary but are
+    numbered by their checksum, as they are for --weights random.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ from torch.utils.checkpoint import checkpoint
 from common import (PAD, Preprocess, SentencePieces, UserError, beit3_state, check_config, dice_loss, download,
                     load_exactly, read_weights)
 
-BACKBONES = {  # Sec. IV-A; std: of linear layers at the start, cut off there, as BEiT-3's
+BACKBONES = {  # Sec. IV-A; std: linear layers start as a normal distribution cut at one std, as in BEiT-3
     "beit3-base": dict(layers=12, dim=768, heads=12, ffn=3072, patch=16, rows=64010, words=1022, std=0.02),
     "beit3-large": dict(layers=24, dim=1024, heads=16, ffn=4096, patch=16, rows=64010, words=1022, std=0.02),
     "tiny": dict(layers=4, dim=64, heads=2, ffn=128, patch=8, rows=4096, words=64, std=0.25),
@@ -72,7 +75,7 @@ class Config:
     # architecture
     image_size: int = 480                   # pixels, a multiple of the patch size
     words: int = 64                         # tokens with start and end
-    stages: tuple[int, ...] = (3, 6, 9, 12)  # Table VII (a): after so many layers; none: no FPN
+    stages: tuple[int, ...] = (3, 6, 9, 12)  # Table VII (a): after so many layers; "": no FPN
     fpn_fusion: FUSION = "self"             # Table VII (b)
     shared_layers: int = 1                  # Table VIII (a); 0: no fusion in the decoder (Tables III, V)
     decoder_fusion: FUSION = "self"         # Table VIII (b)
@@ -84,7 +87,7 @@ class Config:
     bce: float = 2.0                        # lambda of Eq. 12
     dice: float = 0.5
     drop_path: float = 0.1                  # stochastic depth: of the last layer, rising from 0
-    checkpointing: bool = False             # keep a layer's input alone, and compute it again for backward
+    checkpointing: bool = False             # keep only each layer's input, and compute the rest again for backward
     every_sentence: bool = False            # in an epoch; else one of each object
     epochs: int = 35
     steps: int = 0                          # 0: as many as the epochs have
@@ -114,13 +117,17 @@ def config(backbone: str = "beit3-base", variant: str = "shared_ris", dataset: s
     check_config(
         c, image_size=(c.image_size % b["patch"] == 0, f"a multiple of the patch size, {b['patch']}"),
         words=(3 <= c.words <= b["words"], f"3 to {b['words']} tokens"),
-        stages=(set(c.stages) <= set(range(1, b["layers"] + 1)) and list(c.stages) == sorted(c.stages),
-                f"rising numbers, 1 to {b['layers']}"),
-        head_heads=(lambda: c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"))
+        stages=(not c.stages or list(c.stages) == sorted(c.stages) and c.stages[0] > 0 and c.stages[-1] == b["layers"],
+                f"rising numbers from 1 on, the last of them {b['layers']}, or none"),
+        head_heads=(lambda: c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
+        fpn_fusion=(c.stages or c.fpn_fusion == "self", "self, where there is no FPN"),
+        decoder_fusion=(c.shared_layers or c.decoder_fusion == "self", "self, where there is no shared layer"))
+    if "bi" in (c.fpn_fusion, c.decoder_fusion):  # which has half as many heads for words
+        check_config(c, head_heads=(c.head_heads % 2 == 0, "an even number with bi"))
     return c
 
 
-# Flags, what the paper prints for them, and where. GFLOPs are multiply-adds there, half of ours.
+# Flags, what the paper prints for them, and where. Its GFLOPs are fvcore's, multiply-adds: half of ours.
 PRINTED = [
     ({}, dict(params_fpn="8M", gmacs_fpn=9, params_decoder="9M", gmacs_decoder=50,
               source="Tables V and VII; Eq. 6 and 7 have 6,830,592, and with one more Linear(512, 512) a stage 7.88M")),
@@ -138,12 +145,14 @@ def printed(c: Config) -> dict:
 
 
 def leak(weights: str, dataset: str) -> str:
-    """A warning where the encoder has read captions of the data set's val and test photographs, or ""."""
-    seen = [f for f in map(os.path.basename, weights.split(",")) if re.search("indomain|coco|vqa", f)]
+    """A warning where the encoder was tuned on photographs of the data set's val and test splits, or "". It goes by
+    the names of BEiT-3's files: "indomain" ones were trained further on COCO and Visual Genome, others on COCO's
+    captions."""
+    seen = [f for f in map(os.path.basename, weights.split(",")) if re.search("indomain|coco|nocaps", f)]
     if not dataset.startswith("refcoco") or not seen:
         return ""
-    return (f"leak: {seen[0]} was trained on COCO's photographs with their captions or questions, {dataset}'s val and "
-            "test photographs among them; beit3_base_patch16_224.pth was not")
+    return (f"leak: {seen[0]} was trained on COCO's photographs and their captions, those of {dataset}'s val and test "
+            "splits among them, so its figures may be too good")
 
 
 # The encoder: BEiT-3, with the names of its released files (Sec. III-A). A is vision, B is text.
@@ -206,7 +215,7 @@ class Layer(nn.Module):
         """x + y; in training y is left out for a share of the samples, for both modalities alike (stochastic depth)."""
         if self.training and self.drop:
             stay = (torch.rand(len(x[0]), 1, 1, device=x[0].device) >= self.drop) / (1 - self.drop)
-            y = [stay.to(part.dtype) * part for part in y]
+            y = [stay * part for part in y]
         return x[0] + y[0], x[1] + y[1]
 
 
@@ -222,7 +231,7 @@ class BEiT3(nn.Module):
         self.proj = nn.Conv2d(3, dim, patch, patch)
         self.cls_token, self.mask_token = (nn.Parameter(torch.zeros(1, 1, dim)) for _ in range(2))
         self.embed_positions = Multiway(lambda: nn.Embedding(words + 2, dim))
-        self.embed_positions.A = nn.Embedding(self.grid ** 2 + 3, dim)  # class token and patches, behind two unused rows
+        self.embed_positions.A = nn.Embedding(self.grid ** 2 + 3, dim)  # two unused rows, class token, patches
         drops = torch.linspace(0, drop_path, layers, device="cpu").tolist()
         self.layers = nn.ModuleList(Layer(dim, heads, ffn, drop) for drop in drops)
         self.layer_norm = Multiway(lambda: nn.LayerNorm(dim))
@@ -239,13 +248,12 @@ class BEiT3(nn.Module):
         t = self.text_embed(tokens) + positions.B.weight[2:2 + tokens.shape[1]]                # Eq. 2
         return v, t * (tokens != PAD)[..., None]
 
-    def forward(self, images: Tensor, tokens: Tensor, depth: int | None = None) -> list[Pair]:
-        """Normalised pictures (B, 3, S, S), tokens (B, L), PAD behind the end -> what each layer gives, or each of the
-        first `depth`"""
+    def forward(self, images: Tensor, tokens: Tensor) -> list[Pair]:
+        """Normalised pictures (B, 3, S, S), tokens (B, L), PAD behind the end -> what each layer gives"""
         v, t = self.embed(images, tokens)                        # Eq. 3
         keys = torch.cat([tokens.new_ones(v.shape[:2]), tokens != PAD], 1).bool()[:, None, None]  # (B, 1, 1, 1 + N + L)
         h = []
-        for layer in self.layers[:depth]:
+        for layer in self.layers:
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 v, t = checkpoint(layer, v, t, keys, use_reentrant=False)
             else:
@@ -258,7 +266,8 @@ class BEiT3(nn.Module):
 
 
 class Fusion(nn.Module):
-    """MSA(LN(x)) + x of Eq. 6 and 8 over picture and sentence; with `cross` the picture asks the sentence alone."""
+    """MSA(LN(x)) + x of Eq. 6 and 8 over picture and sentence; with `cross` its queries are the picture's, its keys
+    the words."""
 
     def __init__(self, dim: int, heads: int, cross: bool):
         super().__init__()
@@ -277,7 +286,7 @@ class Fusion(nn.Module):
 
 class BiDirection(nn.Module):
     """A feature enhancer layer of Grounding DINO (Fig. 5, Tables VII b, VIII b), its image attention not deformable:
-    each modality asks the other, by one matrix of products, and then itself."""
+    each modality attends to the other, by one matrix of products, and then to itself."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -369,8 +378,8 @@ class SharedMaskDecoder(nn.Module):
 
 
 class SharedRIS(nn.Module):
-    """The whole model. `c` comes from config(); `weights` is "pretrained", "random", or a file of BEiT-3 (with beit3.spm
-    beside it, or behind a comma). Raises UserError where it is missing or does not fit."""
+    """The whole model. `c` comes from config(); `weights` is "pretrained", "random", or a file of BEiT-3, with
+    beit3.spm beside it or behind a comma. Raises UserError where they are missing or do not fit."""
 
     task = "mask"
 
@@ -385,8 +394,6 @@ class SharedRIS(nn.Module):
         # nothing reads these here, so nothing can train them
         self.beit3.mask_token.requires_grad_(False)
         self.beit3.layer_norm.requires_grad_(False)
-        for layer in self.beit3.layers[max(c.stages, default=len(self.beit3.layers)):]:
-            layer.requires_grad_(False)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """What the parameter tables count."""
@@ -400,11 +407,11 @@ class SharedRIS(nn.Module):
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """SentencePiece: start, pieces, end, then PAD up to the longest; cut to `words` with the end kept. -> (B, L)"""
-        return self.beit3.pieces.tokenize(list(sentences), self.c.words, self.beit3.text_embed.num_embeddings)
+        return self.beit3.pieces.tokenize(list(sentences), self.c.words)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """(B, 3, S, S) normalised pictures, (B, L) tokens -> logits (B, 1, 4S/p, 4S/p)"""
-        h = self.beit3(images, tokens, max(self.c.stages, default=None))
+        h = self.beit3(images, tokens)
         n = h[-1][0].shape[1]
         pad = F.pad(tokens == PAD, (n, 0))                       # (B, n + L), the picture has none
         return self.decoder(self.fpn(h, pad), n, pad)
@@ -425,8 +432,8 @@ Model = SharedRIS  # the name by which train.py and evaluate.py know it
 def build_encoder(c: Config, weights: str) -> BEiT3:
     """BEiT-3 for pictures of c.image_size with its tokenizer, random or from its authors' files.
 
-    `weights`: "random", "pretrained" (torch.hub's cache, or downloaded), or a file of any picture size, beit3.spm beside
-    it or behind a comma.
+    `weights`: "random", "pretrained" (torch.hub's cache, or downloaded), or a file for any picture size, with beit3.spm
+    beside it or behind a comma.
     """
     beit3 = BEiT3(**BACKBONES[c.backbone], image_size=c.image_size, drop_path=c.drop_path,
                   checkpointing=c.checkpointing)
@@ -443,5 +450,6 @@ def build_encoder(c: Config, weights: str) -> BEiT3:
             pieces = pieces or os.path.join(os.path.dirname(file), "beit3.spm")
         state = beit3_state(read_weights(file), file, beit3.grid)
         load_exactly(beit3, state, file, c.backbone)
-    beit3.pieces = SentencePieces(pieces)  # after loading: its file travels with the weights in our checkpoints alone
+    # after loading, as the tokenizer is among the weights in our own checkpoints alone
+    beit3.pieces = SentencePieces(pieces, BACKBONES[c.backbone]["rows"])
     return beit3

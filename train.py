@@ -49,7 +49,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
                    help="train: the best step is the one that knows its training set best (learning by heart)")
     p.add_argument("--backbone", help="default: tiny for shapes, otherwise the paper's")
     p.add_argument("--variant", help="default: the paper's")
-    p.add_argument("--tune", help="method (adapters and head), frozen (head alone) or full (everything)")
+    p.add_argument("--tune", help="method (as the paper: adapters and head, or all), frozen (head alone), full (all)")
     p.add_argument("--weights", help="pretrained (default), random (default for tiny), file[,file], or a run folder")
     p.add_argument("--out", help="run folder; default: runs/METHOD-DATASET")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")

@@ -259,12 +259,13 @@ def test_schedules():
     assert train.learning_rate(100, 100, 10, c) == pytest.approx(0)
 
 
-def test_two_processes_learn_what_one_learns(tmp_path):
+@pytest.mark.parametrize("method", ["dcris", "shared_ris"])  # the second has parameters that nothing reads
+def test_two_processes_learn_what_one_learns(tmp_path, method):
     """gloo has no SyncBatchNorm, so the processes' BatchNorms see half a batch each: the loss agrees at the first step
     to rounding only where no batch statistics enter, and closely after."""
     for world in 1, 2:
-        command("train.py", *SMALL, "--steps", 2, "--val-every", 2, "--batch-size", 16, "--out", tmp_path / str(world),
-                world=world, check=0)
+        command("train.py", "--method", method, *SMALL[2:], "--steps", 2, "--val-every", 2, "--batch-size", 16, "--out",
+                tmp_path / str(world), world=world, check=0)
     one, two = (log_of(tmp_path / n) for n in "12")
     assert [s["step"] for s in one] == [s["step"] for s in two] and two[-1]["val"]["n"] == one[-1]["val"]["n"] == 32
     assert two[0]["loss"] == pytest.approx(one[0]["loss"], rel=0.2)
