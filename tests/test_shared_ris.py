@@ -12,9 +12,12 @@ import torch
 import torch.nn.functional as F
 
 import common
+import evaluate
 import shared_ris
+import train
 from common import PAD, UserError, count, fingerprint, saved_bytes, trained_names, trained_state
 from tests.test_common import two_steps
+from tests.test_data import make_refer
 
 SENTENCES = ["the small red circle on the left", "square"]
 
@@ -423,6 +426,44 @@ def test_the_tokenizer_travels_with_the_weights(small, file, tmp_path):
     frozen[1].beit3.load_state_dict({k: v for k, v in frozen[0].beit3.state_dict().items() if "pieces" not in k},
                                     strict=False)
     assert fingerprint(frozen[0]) != fingerprint(frozen[1])  # the same weights, another tokenizer
+
+
+@pytest.mark.parametrize("tune", ["method", "frozen"])
+def test_a_released_file_through_the_commands(small, file, tmp_path, tune, monkeypatch):
+    """Training, an interruption, evaluation, a prediction; then without the file, or with it elsewhere."""
+    make_refer(tmp_path)
+    out, photo = tmp_path / "run", next((tmp_path / "images").rglob("*.jpg"))
+    flags = ["--method", "shared_ris", "--dataset", "refcoco", "--data-root", str(tmp_path), "--weights", str(file),
+             "--tune", tune, "--image-size", "64", "--stages", "1,3", "--head-dim", "32", "--head-heads", "4",
+             "--batch-size", "2", "--steps", "4", "--val-every", "2", "--workers", "0", "--device", "cpu", "--out"]
+    train.main([*flags, str(out)])
+    stop = common.StopSignal.__init__
+    with monkeypatch.context() as m:  # as if Ctrl-C came before the first step
+        m.setattr(common.StopSignal, "__init__", lambda self: stop(self) or setattr(self, "number", 2))
+        assert train.main([*flags, str(tmp_path / "cut")]) == 130
+    train.main([*flags, str(tmp_path / "cut"), "--resume"])
+    (info, whole), (_, cut) = (common.read_checkpoint(str(tmp_path / f)) for f in ("run", "cut"))
+    assert whole.keys() == cut.keys() and all(torch.equal(whole[k], cut[k]) for k in whole)
+    assert ("beit3.pieces._extra_state" in whole) == (tune == "method") != bool(info["frozen"])
+    ask = ["--ckpt", str(out), "--image", str(photo), "--text", "the girl in green", "--out", str(tmp_path / "x.png"),
+           "--json", str(tmp_path / "x.json")]
+    evaluate.main(ask)
+    first = (tmp_path / "x.json").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    for f in file, file.parent / "beit3.spm":
+        f.rename(tmp_path / "elsewhere" / f.name)
+    if tune == "frozen":
+        with pytest.raises(UserError, match="no such weights file"):
+            evaluate.main(ask)
+        ask += ["--weights", str(tmp_path / "elsewhere" / file.name)]
+    evaluate.main(ask)
+    assert (tmp_path / "x.json").read_text() == first
+    again = [*flags, str(tmp_path / "again")]
+    if tune == "method":  # that run's encoder, its tokenizer with it, for another
+        again[again.index("--weights") + 1] = str(out)
+        train.main(again)
+        after = common.read_checkpoint(str(tmp_path / "again"))[1]
+        assert torch.equal(after["beit3.pieces._extra_state"], whole["beit3.pieces._extra_state"])
 
 
 def test_without_sentencepiece_one_sentence_says_what_to_install(monkeypatch, file):
