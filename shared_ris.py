@@ -3,17 +3,17 @@ arXiv:2408.15521).
 
 One encoder reads picture and sentence together: BEiT-3, whose every layer attends over patches and words at once. The
 same shared self-attention goes on after it: once over each of four levels of the encoder (Shared FPN), and in one
-transformer layer over their sum (Shared Mask Decoder). The place where a pixel's vector agrees with that of the
-sentence's first token is the object. Everything is trained. No code of the authors is public.
+transformer layer over what these become (Shared Mask Decoder). The object is where the pixels' vectors agree with that
+of the sentence's first token. Everything is trained. No code of the authors is public.
 
-    Sec. III-A, Eq. 1-3    embeddings                  BEiT3.embed
-    Sec. III-A, Eq. 4-5    shared transformer          BEiT3, Layer, Attention, FFN
-    Sec. III-B, Eq. 6-7    shared FPN                  SharedFPN, Fusion
-    Sec. III-C, Eq. 8-9    shared transformer          SharedLayer, Fusion
-    Sec. III-C, Eq. 10-11  mask prediction             SharedMaskDecoder
-    Sec. III-D, Eq. 12     loss                        SharedRIS.loss
-    Fig. 5                 bi-directional fusion       BiDirection
-    Tables III, V, VII, VIII  other stages and fusions   Config.stages, .shared_layers, .fpn_fusion, .decoder_fusion
+    Sec. III-A, Eq. 1-3      embeddings                BEiT3.embed
+    Sec. III-A, Eq. 4-5      shared transformer        BEiT3, Layer, Attention, FFN
+    Sec. III-B, Eq. 6-7      shared FPN                SharedFPN, Fusion
+    Sec. III-C, Eq. 8-9      shared transformer        SharedLayer, Fusion
+    Sec. III-C, Eq. 10-11    mask prediction           SharedMaskDecoder
+    Sec. III-D, Eq. 12       loss                      SharedRIS.loss
+    Fig. 5                   bi-directional fusion     BiDirection
+    Tables III, V, VII-VIII  other stages and fusions  Config.stages, .shared_layers, .fpn_fusion, .decoder_fusion
 
 Deviations (where the paper is silent or contradicts itself, its printed figures or BEiT-3's weights):
   * Eq. 4 and 5 draw one MSA and one LN for both modalities. In BEiT-3's weights each modality has its own of everything
@@ -86,7 +86,7 @@ class Config:
     # training
     bce: float = 2.0                        # lambda of Eq. 12
     dice: float = 0.5
-    drop_path: float = 0.1                  # stochastic depth: of the last layer, rising from 0
+    drop_path: float = 0.1                  # stochastic depth: of the last layer, from 0 for the first
     checkpointing: bool = False             # keep only each layer's input, and compute the rest again for backward
     every_sentence: bool = False            # in an epoch; else one of each object
     epochs: int = 35
@@ -141,7 +141,7 @@ PRINTED = [
 
 def printed(c: Config) -> dict:
     """What the paper prints of the sizes of this configuration."""
-    return next((row for flags, row in PRINTED if replace(c, tune="method") == config(**flags)), {})
+    return next((row for flags, row in PRINTED if replace(c, tune="method", checkpointing=False) == config(**flags)), {})
 
 
 def leak(weights: str, dataset: str) -> str:
@@ -172,6 +172,8 @@ class Multiway(nn.Module):
 
 
 class Attention(nn.Module):
+    """MSA of Eq. 4: the softmax is over the keys of both modalities."""
+
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -188,6 +190,8 @@ class Attention(nn.Module):
 
 
 class FFN(nn.Module):
+    """MLP_v or MLP_t of Eq. 5."""
+
     def __init__(self, dim: int, ffn: int):
         super().__init__()
         self.fc1, self.ffn_layernorm, self.fc2 = nn.Linear(dim, ffn), nn.LayerNorm(ffn), nn.Linear(ffn, dim)
