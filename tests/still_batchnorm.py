@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common  # noqa: E402
@@ -22,5 +23,5 @@ def keep_gradients(optimizer, args, kwargs):
         torch.save([p.grad for g in optimizer.param_groups for p in g["params"]], sys.argv[1])
 
 
-torch.optim.optimizer.register_optimizer_step_pre_hook(keep_gradients)
+register_optimizer_step_pre_hook(keep_gradients)
 common.run_command(lambda: train.main(sys.argv[2:]))
