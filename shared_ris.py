@@ -23,8 +23,8 @@ Deviations (where the paper is silent or contradicts itself, its printed figures
   * The decoder's printed 46 GFLOPs fit only with 3x3 convolutions of 512 channels and a 1x1 convolution behind them,
     as in CRIS. Its printed 5 M without a shared layer leave no room for the MLP of Eq. 11, which is then left out; else
     it has two layers and a ReLU. The MLP of Eq. 9 is 4 times as wide as its input, with GELU.
-  * h_j are the outputs of layer j as they are. BEiT-3's last LayerNorm and its mask token are therefore not read and not
-    trained. The text once says stages "3, 6, 8, 12", else 3, 6, 9, 12; the large encoder's are in proportion.
+  * h_j are the outputs of layer j as they are. BEiT-3's last LayerNorm and its mask token are therefore not read, and
+    not trained. The text once says stages "3, 6, 8, 12", else 3, 6, 9, 12; the large encoder's are in proportion.
   * Without FPN one linear layer takes h_L to 512 channels. In cross-attention the queries are the picture's, and the
     words stay as they are. Outside the encoder: 8 heads, no positions, no dropout. Padding is no key anywhere.
   * Pictures are stretched to a square (bilinear), as in CGFormer, and normalised to -1..1, as in BEiT-3. A sentence has
@@ -141,7 +141,8 @@ PRINTED = [
 
 def printed(c: Config) -> dict:
     """What the paper prints of the sizes of this configuration."""
-    return next((row for flags, row in PRINTED if replace(c, tune="method", checkpointing=False) == config(**flags)), {})
+    c = replace(c, tune="method", checkpointing=False)
+    return next((row for flags, row in PRINTED if c == config(**flags)), {})
 
 
 def leak(weights: str, dataset: str) -> str:

@@ -533,6 +533,16 @@ def test_figures_by_the_size_of_the_object(tmp_path, capsys, method):
     assert json.loads(one.stdout) == json.loads(two.stdout) and json.loads(one.stdout)["by_size"][0]["n"] == 4
 
 
+def test_an_object_on_the_border_of_two_sizes(tmp_path, monkeypatch):
+    train.main([*SMALL, "--steps", "1", "--val-every", "1", "--out", str(tmp_path / "run")])
+    process = common.start(device="cpu")
+    model, _ = evaluate.load_run(str(tmp_path / "run"), None, process)
+    sizes = [0.99, 1.0, 2.0, 4.99, 50.0, 100.0]
+    monkeypatch.setattr(evaluate, "answers", lambda *a: [(k, (1, 2 + k), s) for k, s in enumerate(sizes)])
+    row = evaluate.evaluate_split(model, data.open_dataset("shapes", "val"), process, most=6, by_size=True)
+    assert [(g["size"], g["n"]) for g in row["by_size"]] == [("0-1 %", 1), ("1-2 %", 1), ("2-5 %", 2), ("50-100 %", 2)]
+
+
 def test_the_leak_warning_reaches_every_result(tmp_path, monkeypatch, capsys):
     import m2ist
     monkeypatch.setattr(m2ist, "leak", lambda weights, dataset: f"leak: {weights} {dataset}" if weights == "random" else "")
