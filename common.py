@@ -56,6 +56,11 @@ class UserError(Exception):
     """A mistake the user can mend. The commands print its sentence, without a traceback, and exit with 2."""
 
 
+def first_line(e: BaseException) -> str:
+    """What an error says, or its kind where it says nothing."""
+    return (str(e) or repr(e)).splitlines()[0][:200]
+
+
 @dataclass(frozen=True)
 class Preprocess:
     """How a method wants its pictures.
@@ -101,7 +106,7 @@ def fetch(repo: str, name: str) -> str:
     try:
         return hf_hub_download(repo, name)
     except (RepositoryNotFoundError, EntryNotFoundError, OSError) as e:
-        raise UserError(f"{name} of {repo} could not be downloaded: {str(e).splitlines()[0]}") from None
+        raise UserError(f"{name} of {repo} could not be downloaded: {first_line(e)}.") from None
 
 
 def download(url: str) -> str:
@@ -143,7 +148,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
                     raise
                 state = torch.jit.load(path, map_location="cpu").state_dict()
     except Exception as e:  # whatever a broken or foreign file makes the readers say
-        why = re.sub(r"\x1b\[\d+m", "", str(e)).splitlines()[0][:200]  # torch prints in bold
+        why = re.sub(r"\x1b\[\d+m", "", first_line(e))  # torch prints in bold
         why = "it holds something else than tensors" if why.startswith("Weights only load failed") else why
         raise UserError(f"{path} cannot be read as weights: {why}") from None
     for wrapper in "state_dict", "model", "module":
@@ -453,11 +458,22 @@ def check_config(c, **rules: tuple) -> None:
 
 
 def config_from_json(config_class: type, values: dict, where: str):
-    """Config from its fields as JSON keeps them. Raises UserError for fields this version does not know."""
+    """Config from its fields as JSON keeps them. Raises UserError for fields this version does not know, and values of
+    another kind."""
     unknown = values.keys() - {f.name for f in fields(config_class)}
     if unknown:
         raise UserError(f"{where} has settings that this version lacks: {', '.join(sorted(unknown))}.")
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    hints, out = typing.get_type_hints(config_class), {}
+    for name, value in values.items():
+        kind = typing.get_origin(hints[name]) or hints[name]
+        value = tuple(value) if isinstance(value, list) else value
+        fine = value in typing.get_args(hints[name]) if kind is typing.Literal else (
+            isinstance(value, (int, float)) if kind is float else type(value) is kind
+            and (kind is not tuple or all(type(v) is int for v in value)))
+        if not fine:
+            raise UserError(f"{where} has a setting that cannot be: {name} = {str(value)[:80]!r}.")
+        out[name] = value
+    return config_class(**out)
 
 
 # Processes
@@ -481,16 +497,23 @@ class Process:
 
     def first_alone(self, make):
         """What make() returns on the first process, which alone calls it, or its UserError, on every process."""
-        result = None
-        if self.rank == 0:
-            try:
-                result = make()
-            except UserError as e:
-                result = e
-        result = self.gather(result)[0]
-        if isinstance(result, UserError):
-            raise result
-        return result
+        return self.everywhere(make if self.rank == 0 else lambda: None, all_of=False)
+
+    def everywhere(self, make, all_of: bool = True):
+        """What make() returns here; the first UserError that any process has, on every process. Without `all_of` what
+        the first process has, on every process."""
+        result = error = None
+        try:
+            result = make()
+        except UserError as e:
+            error = e
+        except OSError as e:
+            error = UserError(f"{e.filename or ''}: {e.strerror}.")
+        results = self.gather((None if all_of else result, error))
+        for _, other in results:
+            if other is not None:
+                raise other
+        return result if all_of else results[0][0]
 
     def say(self, *words) -> None:
         if self.rank == 0:
@@ -520,6 +543,8 @@ def start(tiny: bool = False, device: str = "auto") -> Process:
 
 def run_command(main) -> None:
     """Runs main(): a UserError becomes one sentence and exit status 2, Ctrl-C status 130; no traceback for either."""
+    for stream in sys.stdout, sys.stderr:  # file names may hold what is no text
+        stream.reconfigure(errors="backslashreplace")
     try:
         status = main() or 0
     except UserError as e:
@@ -532,6 +557,11 @@ def run_command(main) -> None:
     except BrokenPipeError:  # the reader of our output, such as head, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 0
+    except OSError as e:  # a name that is too long, a folder that may not be entered
+        if e.filename is None:
+            raise
+        print(f"error: {str(e.filename)[:200]}: {e.strerror}.", file=sys.stderr)
+        status = 2
     sys.stdout.flush()
     sys.stderr.flush()
     if status:
@@ -594,6 +624,31 @@ def box_metrics(ious: list[float]) -> dict[str, float]:
     return percentages(metrics)
 
 
+def interval(parts: np.ndarray, wholes: np.ndarray, pictures: list, resamples: int = 1000) -> list[float]:
+    """95 % bootstrap interval, in per cent, of sum(parts) / sum(wholes) over expressions. Photographs are drawn anew,
+    each with all of its expressions, which are not independent; from a fixed seed."""
+    _, group = np.unique(pictures, return_inverse=True)
+    parts, wholes = (np.bincount(group, values) for values in (parts, wholes))
+    rng, ratios = np.random.default_rng(0), []
+    for _ in range(resamples):
+        drawn = rng.integers(len(parts), size=len(parts))
+        ratios.append(100 * parts[drawn].sum() / max(wholes[drawn].sum(), 1e-9))
+    return [round(float(v), 2) for v in np.percentile(ratios, [2.5, 97.5])]
+
+
+def mask_intervals(rows: list[tuple[int, int]], pictures: list) -> dict[str, list[float]]:
+    """Of mask_metrics; `pictures`: of each row."""
+    i, u = np.array(rows, dtype=np.float64).reshape(-1, 2).T
+    iou = np.where(u > 0, i / np.maximum(u, 1), 1.0)
+    return {"oIoU_95": interval(i, u, pictures), "mIoU_95": interval(iou, np.ones(len(iou)), pictures)}
+
+
+def box_intervals(ious: list[float], pictures: list) -> dict[str, list[float]]:
+    """Of box_metrics."""
+    iou, one = np.array(ious, dtype=np.float64), np.ones(len(ious))
+    return {"Acc@0.5_95": interval(iou >= 0.5, one, pictures), "mIoU_95": interval(iou, one, pictures)}
+
+
 def percentages(metrics: dict[str, float]) -> dict[str, float]:
     return {k: v if k == "n" else round(100 * float(v), 4) for k, v in metrics.items()}
 
@@ -609,8 +664,14 @@ def writing(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())  # its bytes before its name
         os.replace(temporary, path)
-    except (OSError, ValueError) as e:  # Pillow raises ValueError for what a format cannot hold
+    except (OSError, ValueError, RuntimeError) as e:  # Pillow raises ValueError for what a format cannot hold
+        if isinstance(e, RuntimeError):  # torch.save, for what the file system said
+            if not isinstance(e.__context__, OSError):
+                raise
+            e = e.__context__
         raise UserError(f"{path} cannot be written: {getattr(e, 'strerror', None) or e}.") from None
     finally:
         with suppress(OSError):
@@ -620,6 +681,23 @@ def writing(path: str | Path) -> Iterator[Path]:
 def write_json(path: str | Path, value) -> None:
     with writing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def print_table(rows: list[dict]) -> None:
+    """Dicts of one kind as a table on standard output."""
+    names = list(rows[0])
+    cells = [["-".join(f"{x:.2f}" for x in v) if isinstance(v, list) else f"{v:.2f}" if isinstance(v, float) else str(v)
+              for v in row.values()] for row in rows]
+    widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
+    for line in [names, *cells]:
+        print("  ".join(c.rjust(w) for c, w in zip(line, widths)))
+
+
+def write_result(file: str | None, value) -> None:
+    if file == "-":
+        print(json.dumps(value, indent=1))
+    elif file:
+        write_json(file, value)
 
 
 def trains_towers(model: nn.Module) -> bool:
@@ -659,9 +737,19 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def checksum(info: dict, state: dict[str, Tensor]) -> str:
+    """sha256 over what a checkpoint says of itself and all of its tensors, to know a damaged one."""
+    digest = hashlib.sha256(json.dumps(info, sort_keys=True).encode())
+    for k, v in sorted(state.items()):
+        digest.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
+        digest.update(v.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def save_model(path: Path, model: nn.Module, info: dict) -> None:
     """What was trained as safetensors; `info` (method, config, weights, frozen, ...) as JSON in its metadata."""
-    data = save(trained_state(model), {"refpapers": json.dumps(info)})
+    state = trained_state(model)
+    data = save(state, {"refpapers": json.dumps(info | dict(sha256=checksum(info, state)))})
     with writing(path) as temporary:
         temporary.write_bytes(data)
 
@@ -683,9 +771,14 @@ def read_checkpoint(path: str, tensors: bool = True) -> tuple[dict, dict[str, Te
             state = {k: f.get_tensor(k) for k in f.keys()} if tensors else {}
     except (SafetensorError, OSError, ValueError) as e:
         raise UserError(f"{file} is not a whole safetensors file: {str(e)[:200]}") from None
-    needed = {"method", "config", "weights", "seed", "frozen", "dataset", "data_root"}
-    if not isinstance(info, dict) or not needed <= info.keys() or not isinstance(info["config"], dict):
-        raise UserError(f"{file} was not written by this project's train.py: its metadata names no method and config.")
+    needed = dict(method=str, config=dict, weights=str, seed=int, frozen=str, dataset=str, data_root=(str, type(None)),
+                  sha256=str)
+    if not isinstance(info, dict) or not all(isinstance(info.get(k), kind) for k, kind in needed.items()):
+        raise UserError(f"{file} was not written by this project's train.py, or by an older one: its metadata lacks "
+                        "what a checkpoint says of itself.")
+    said = info.pop("sha256")
+    if tensors and checksum(info, state) != said:
+        raise UserError(f"{file} is damaged: its tensors are not those that train.py wrote (their checksum differs).")
     return info, state
 
 
@@ -700,7 +793,8 @@ def load_trained(model: nn.Module, state: dict[str, Tensor], where: str) -> None
     odd = [k for k in own.keys() ^ state.keys()] + [k for k in own.keys() & state.keys()
                                                     if not same_shape(k, own[k], state[k])]
     if odd:
-        raise UserError(f"{where} does not fit this model: {len(odd)} tensors differ, such as {sorted(odd)[0]}.")
+        raise UserError(f"{where} does not fit the model that is wanted: {len(odd)} tensors differ, such as "
+                        f"{sorted(odd)[0]}.")
     model.load_state_dict(state, strict=False)
 
 

@@ -4,14 +4,20 @@
 `refclef_unc` (ReferItGame) are read in REFER's layout (any folder in that layout works):
 
     DATA_ROOT/refcoco/refs(unc).p        DATA_ROOT/refcoco/instances.json        (refcoco+, refcocog, refclef likewise)
+    DATA_ROOT/refcoco/*.parquet          (in their place: the Hugging Face mirror jxu124/refcoco, refcocoplus, refcocog)
     DATA_ROOT/images/mscoco/images/train2014/COCO_train2014_000000581857.jpg
     (also DATA_ROOT/images/train2014 and DATA_ROOT/train2014; refclef: DATA_ROOT/images/saiapr_tc-12)
 
-A source (Shapes, Refer) knows objects and reads one as a Record; TrainSet and EvalSet turn records into tensors.
+`mixed` is RefCOCO, RefCOCO+ and G-Ref (umd) together, without the photographs of their val and test splits in train.
+
+A source (Shapes, Refer, Mixed) knows objects and reads one as a Record; TrainSet and EvalSet turn records into tensors.
+
+    python data.py --check --data-root DATA [--dataset D]      # is it whole, and what it is said to be
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import itertools
 import json
@@ -19,6 +25,8 @@ import os
 import pickle
 import re
 import shutil
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,8 +40,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
-from common import Preprocess, UserError, writing
+from common import Preprocess, UserError, first_line, print_table, run_command, write_result, writing
 
 REFER_FILES = {  # data set -> folder, refs file, splits
     "refcoco": ("refcoco", "refs(unc).p", ("train", "val", "testA", "testB")),
@@ -44,7 +53,9 @@ REFER_FILES = {  # data set -> folder, refs file, splits
     "refclef_unc": ("refclef", "refs(unc).p", ("train", "val", "testA", "testB", "testC")),
 }
 SHAPE_SETS = ("shapes", "shapes-shift")
+MIXED = ("refcoco", "refcoco+", "refcocog_umd")
 SPLITS = {name: ("train", "val", "testA", "testB") for name in SHAPE_SETS} | {k: v[2] for k, v in REFER_FILES.items()}
+SPLITS["mixed"] = ("train", "val")
 DATASETS = tuple(SPLITS)
 
 
@@ -61,7 +72,7 @@ class Record:
     file: str
 
 
-def open_dataset(name: str, split: str, data_root: str | None = None, seed: int = 0) -> Shapes | Refer:
+def open_dataset(name: str, split: str, data_root: str | None = None, seed: int = 0) -> Shapes | Refer | Mixed:
     """The source of a split. Raises UserError for a name or a split that does not exist, and for missing files."""
     if name == "refcocog":
         raise UserError("refcocog has two sets of splits: say refcocog_umd (train, val, test) or refcocog_google.")
@@ -73,7 +84,7 @@ def open_dataset(name: str, split: str, data_root: str | None = None, seed: int 
         return Shapes(name, split, seed)
     if not data_root:
         raise UserError(f"{name} is read from files: --data-root DATA says where they are (see the README).")
-    return Refer(name, split, data_root)
+    return Mixed(split, data_root) if name == "mixed" else Refer(name, split, data_root)
 
 
 def check_sentence(sentence: str) -> str:
@@ -87,6 +98,8 @@ def check_sentence(sentence: str) -> str:
 
 # Pictures
 
+FORMATS = "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"  # no program is run for these, as it is for EPS
+
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """Any picture that Pillow reads, as (H, W, 3) uint8 RGB: upright (EXIF), transparency over white, 16-bit scaled.
@@ -95,7 +108,12 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
     size. Raises UserError for a file that is missing, no picture, cut off, or of another size.
     """
     try:
-        with Image.open(path) as picture:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise UserError(f"{path} cannot be read: it is no file.")
+        with Image.open(path, formats=FORMATS) as picture:
+            if size is not None and sorted(picture.size) != sorted(size):  # before anything large is decoded
+                raise UserError(f"{path} has {picture.size[0]} x {picture.size[1]} pixels, its annotations are for "
+                                f"{size[1]} x {size[0]}.")
             picture.load()
             upright = ImageOps.exif_transpose(picture)
             if size is not None and upright.size[::-1] != tuple(size):
@@ -109,7 +127,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
     except Image.UnidentifiedImageError:
         raise UserError(f"{path} is not a picture that Pillow can read.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # what broken files raise
-        raise UserError(f"{path} cannot be read: {str(e).splitlines()[0]}.") from None
+        raise UserError(f"{path} cannot be read: {first_line(e)}.") from None
 
 
 def to_rgb(picture: Image.Image) -> np.ndarray:
@@ -172,6 +190,17 @@ def from_canvas(logits: Tensor, size: tuple[int, int], pre: Preprocess) -> Tenso
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)[0, 0]
 
 
+def released_from_canvas(probability: Tensor, size: tuple[int, int], pre: Preprocess) -> Tensor:
+    """(h, w) -> (H, W) as CRIS, ETRIS and DETRIS do it: bicubic to the canvas with align_corners, then the inverse of
+    their letterbox, cubic, 0 outside. Their cv2.warpAffine rounds places to 1/32 of a pixel; this does not."""
+    (h, w), s = size, pre.size
+    x = F.interpolate(probability[None, None].float(), (s, s), mode="bicubic", align_corners=True)
+    scale = min(s / h, s / w)
+    ys, xs = ((torch.arange(n) * scale + (s - n * scale) / 2) * 2 / (s - 1) - 1 for n in (h, w))
+    at = torch.stack([xs.expand(h, w), ys[:, None].expand(h, w)], 2)[None]  # (1, H, W, 2)
+    return F.grid_sample(x, at, mode="bicubic", padding_mode="zeros", align_corners=True)[0, 0]
+
+
 def box_to_canvas(box: Sequence[float], size: tuple[int, int], pre: Preprocess, place: Place | None = None) -> Tensor:
     """x1, y1, x2, y2 in pixels of (H, W) -> centre x, centre y, width and height in sides of the canvas (4,)."""
     top, left, h, w = place or content_box(size, pre)
@@ -180,13 +209,14 @@ def box_to_canvas(box: Sequence[float], size: tuple[int, int], pre: Preprocess, 
     return torch.tensor([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], dtype=torch.float32) / pre.size
 
 
-def box_from_canvas(box: Tensor, size: tuple[int, int], pre: Preprocess) -> tuple[float, float, float, float]:
+def box_from_canvas(box: Tensor, size: tuple[int, int], pre: Preprocess,
+                    cut: bool = True) -> tuple[float, float, float, float]:
     """The way back: (4,) in sides of the canvas -> x1, y1, x2, y2 in pixels of the picture, and inside it."""
     top, left, h, w = content_box(size, pre)
     x, y, bw, bh = (box.double() * pre.size).tolist()
     corners = ((x - bw / 2 - left) * size[1] / w, (y - bh / 2 - top) * size[0] / h,
                (x + bw / 2 - left) * size[1] / w, (y + bh / 2 - top) * size[0] / h)
-    return tuple(min(max(v, 0.0), float(size[1 - k % 2])) for k, v in enumerate(corners))
+    return tuple(min(max(v, 0.0), float(size[1 - k % 2])) for k, v in enumerate(corners)) if cut else corners
 
 
 # Augmentation, as TransVG (Deng et al., ICCV 2021), in sides of the canvas
@@ -292,12 +322,12 @@ class TrainSet(Dataset):
 
 
 class EvalSet(Dataset):
-    """Items for evaluation: every sentence of every object, or the first `most`, the mask at the photograph's own
-    size."""
+    """Items for evaluation: every sentence of every object (or the `first` of each), or the first `most` of these, the
+    mask at the photograph's own size."""
 
-    def __init__(self, source: Shapes | Refer, preprocess: Preprocess, most: int | None = None):
+    def __init__(self, source: Shapes | Refer, preprocess: Preprocess, most: int | None = None, first: bool = False):
         self.source, self.preprocess = source, preprocess
-        self.pairs = [(i, j) for i in range(len(source)) for j in range(source.count(i))][:most]
+        self.pairs = [(i, j) for i in range(len(source)) for j in range(1 if first else source.count(i))][:most]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -664,22 +694,18 @@ class Refer:
     def __init__(self, name: str, split: str, data_root: str | Path):
         self.name, self.split = name, split
         root = Path(data_root)
-        folder, refs_name, _ = REFER_FILES[name]
         if not root.is_dir():
             raise UserError(f"--data-root {root}: no such folder.")
-        self.refs_file, self.instances_file = root / folder / refs_name, root / folder / "instances.json"
-        for file in self.refs_file, self.instances_file:
-            if not file.is_file():
-                raise UserError(f"{file} is missing: {name} needs {folder}/{refs_name} and {folder}/instances.json.")
-        mscoco = "mscoco/images/train2014", "train2014", "train2017"
-        under = ("saiapr_tc-12",) if name.startswith("refclef") else mscoco
-        tried = [root / p for u in under for p in (f"images/{u}", u)]
+        self.files = annotation_files(name, root)
+        tried = image_folders(name, root)
         self.image_folder = next((p for p in tried if p.is_dir()), None)
         if self.image_folder is None:
             raise UserError(f"{name}: no folder of photographs; looked for {', '.join(map(str, tried))}.")
-        self.entries = [e for e in build_index(name, self.refs_file, self.instances_file) if e["split"] == split]
+        every = build_index(name, self.files)
+        self.entries = [e for e in every if e["split"] == split]
+        self.others = [e for e in every if e["split"] != split]
         if not self.entries:
-            raise UserError(f"{self.refs_file} has no object in the split {split!r}.")
+            raise UserError(f"{self.files[0]} has no object in the split {split!r}.")
         for e in self.entries:
             if "wrong" in e:
                 raise UserError(e["wrong"])
@@ -704,7 +730,7 @@ class Refer:
 
     def mask(self, i: int) -> np.ndarray:
         e = self.entries[i]
-        return decode_mask(e, f"{self.instances_file}: annotation {e['ann_id']} of ref {e['ref_id']}")
+        return decode_mask(e, f"{self.files[-1]}: annotation {e['ann_id']} of ref {e['ref_id']}")
 
     def identity(self) -> str:
         """What its pictures are."""
@@ -716,17 +742,84 @@ class Refer:
 
     def read(self, i: int) -> Record:
         e = self.entries[i]
-        path = self.image_folder / e["file"]
-        if not path.is_file() and e["file"].startswith("COCO_train2014_"):  # train2017 holds the same photographs
-            other = path.with_name(e["file"].removeprefix("COCO_train2014_"))
-            path = other if other.is_file() else path
         try:
-            image = read_image(path, (e["height"], e["width"]))
+            image = read_image(photograph(self.image_folder, e["file"]), (e["height"], e["width"]))
         except UserError as error:
             raise UserError(f"{self.name}/{self.split} ref {e['ref_id']}: {error}") from None
         mask = self.mask(i)
         return Record(image, mask, tuple(e["box"] or box_of(mask)), tuple(e["sentences"]), e["image_id"], e["ref_id"],
                       e["file"])
+
+
+def image_folders(name: str, root: Path) -> list[Path]:
+    """Where a data set's photographs may lie."""
+    mscoco = "mscoco/images/train2014", "train2014", "train2017"
+    under = ("saiapr_tc-12",) if name.startswith("refclef") else mscoco
+    return [root / p for u in under for p in (f"images/{u}", u)]
+
+
+def photograph(folder: Path, name: str) -> Path:
+    path = folder / name
+    if not path.is_file() and name.startswith("COCO_train2014_"):  # train2017 holds the same photographs
+        other = path.with_name(name.removeprefix("COCO_train2014_"))
+        path = other if other.is_file() else path
+    return path
+
+
+class Mixed:
+    """RefCOCO, RefCOCO+ and G-Ref (umd) together: their val splits, or their train splits without every photograph
+    that is in any val or test split of any of them. `note` says how many are left out."""
+
+    def __init__(self, split: str, data_root: str | Path):
+        self.name, self.split, self.note = "mixed", split, ""
+        parts = [Refer(name, split, data_root) for name in MIXED]
+        self.where = [(part, i) for part in parts for i in range(len(part))]  # of object i: data set and number there
+        if split == "train":
+            held = [e for part in parts for e in part.others]
+            for e in held:
+                if "wrong" in e:  # what it shows is not known, so neither is what must be left out
+                    raise UserError(e["wrong"])
+            held_ids, held_files = {e["image_id"] for e in held}, {e["file"] for e in held}
+            kept = [(part, i) for part, i in self.where if part.picture(i) not in held_ids
+                    and part.entries[i]["file"] not in held_files]
+            photos = [len({part.picture(i) for part, i in where}) for where in (self.where, kept)]
+            self.note = (f"mixed: {len(self.where) - len(kept):,} of {len(self.where):,} train objects, "
+                         f"{photos[0] - photos[1]:,} of {photos[0]:,} photographs, are left out: val or test splits of "
+                         f"{', '.join(MIXED)} have these photographs too")
+            self.where = kept
+            if not kept:
+                raise UserError(f"{self.note}: nothing is left to train on.")
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+    def of(self, i: int, what: Callable):
+        part, n = self.where[i]
+        return what(part, n)
+
+    def sentences(self, i: int) -> tuple[str, ...]:
+        return self.of(i, Refer.sentences)
+
+    def count(self, i: int) -> int:
+        return self.of(i, Refer.count)
+
+    def picture(self, i: int) -> int:
+        return self.of(i, Refer.picture)
+
+    def shape(self, i: int) -> tuple[int, int]:
+        return self.of(i, Refer.shape)
+
+    def box(self, i: int) -> tuple[float, float, float, float]:
+        return self.of(i, Refer.box)
+
+    def describe(self, i: int) -> str:
+        return self.of(i, Refer.describe)
+
+    def read(self, i: int) -> Record:
+        return self.of(i, Refer.read)
+
+    def identity(self) -> str:
+        return " ".join(f"{part.name} {part.entries[i]['file']}" for part, i in self.where)
 
 
 def decode_mask(entry: dict, where: str) -> np.ndarray:
@@ -804,17 +897,29 @@ def read_refs(path: Path) -> list[dict]:
     except UserError as e:
         raise UserError(f"{path} {e}.") from None
     except Exception as e:  # a damaged pickle fails in any way it likes
-        raise UserError(f"{path} is not a whole pickle file: {str(e).splitlines()[0] if str(e) else e!r}.") from None
+        raise UserError(f"{path} is not a whole pickle file: {first_line(e)}.") from None
     if not isinstance(refs, list) or not all(isinstance(r, dict) for r in refs):
         raise UserError(f"{path} is no list of refs.")
     return refs
 
 
-def build_index(name: str, refs_file: Path, instances_file: Path) -> list[dict]:
+def annotation_files(name: str, root: Path) -> list[Path]:
+    """The refs file and instances.json of a data set, or the parquet files that hold both. Raises UserError without."""
+    folder, refs_name, _ = REFER_FILES[name]
+    files = [root / folder / refs_name, root / folder / "instances.json"]
+    missing = [f for f in files if not f.is_file()]
+    parquet = sorted((root / folder).rglob("*.parquet")) if missing and name in MIXED else []
+    if missing and not parquet:
+        raise UserError(f"{missing[0]} is missing: {name} needs {folder}/{refs_name} and {folder}/instances.json"
+                        + (f", or the mirror's parquet files in {folder}." if name in MIXED else "."))
+    return parquet or files
+
+
+def build_index(name: str, files: list[Path]) -> list[dict]:
     """One plain dict for each ref. Kept in a cache folder of ours until a source file changes."""
-    stamp = [2, *(n for f in (refs_file, instances_file) for n in (f.stat().st_size, f.stat().st_mtime_ns))]
+    stamp = [3, *(n for f in files for n in (f.stat().st_size, f.stat().st_mtime_ns))]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "refpapers"
-    key = hashlib.sha256(f"{refs_file.resolve()}\n{instances_file.resolve()}".encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join(str(f.resolve()) for f in files).encode()).hexdigest()[:16]
     cache = folder / f"{name}-{key}.json"
     try:
         saved = json.loads(cache.read_text())
@@ -822,37 +927,75 @@ def build_index(name: str, refs_file: Path, instances_file: Path) -> list[dict]:
             return saved["entries"]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours to trust: it is made anew
-    entries = index_entries(refs_file, instances_file)
+    entries = index_entries(name, files)
     with suppress(UserError):  # a cache that cannot be written costs seconds, nothing else
         with writing(cache) as temporary:
             temporary.write_text(json.dumps(dict(stamp=stamp, entries=entries)))
     return entries
 
 
-def index_entries(refs_file: Path, instances_file: Path) -> list[dict]:
-    """Joins refs, annotations and photographs, and checks each."""
-    refs = read_refs(refs_file)
+def read_annotations(name: str, files: list[Path]) -> tuple[list[dict], list[dict], list[dict]]:
+    """Refs, annotations and photographs, as REFER's two files have them, from these or from parquet files."""
+    if files[0].suffix == ".parquet":
+        return read_parquet(files, REFER_FILES[name][2])
+    refs = read_refs(files[0])
     try:
-        instances = json.loads(instances_file.read_text())
-        annotations = {a["id"]: a for a in instances["annotations"]}
-        images = {i["id"]: i for i in instances["images"]}
-    except (ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{instances_file} is not COCO's JSON of images and annotations: {e!r}.") from None
-    entries = []
+        instances = json.loads(files[1].read_text())
+        annotations, images = instances["annotations"], instances["images"]
+        {i["id"] for i in [*annotations, *images]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
+        why = e.reason if isinstance(e, UnicodeDecodeError) else e  # without the whole file
+        raise UserError(f"{files[1]} is not COCO's JSON of images and annotations: {type(e).__name__}: {why}."
+                        ) from None
+    return refs, annotations, images
+
+
+def read_parquet(files: list[Path], splits: tuple[str, ...]) -> tuple[list[dict], list[dict], list[dict]]:
+    """The mirror jxu124/refcoco of the Hugging Face hub: a row for each ref, with annotation and photograph as JSON."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise UserError(f"{files[0]}: parquet files need pyarrow: pip install pyarrow.") from None
+    columns = ["ref_id", "ann_id", "image_id", "split", "sentences", "raw_anns", "raw_image_info"]
+    other = dict(validation="val", test="testA" if "testA" in splits else "test")  # the mirror's names
+    refs, annotations, images = [], {}, {}
+    for file in files:
+        try:
+            for row in parquet.read_table(file, columns=columns).to_pylist():
+                annotation, image = json.loads(row.pop("raw_anns")), json.loads(row.pop("raw_image_info"))
+                annotations[annotation["id"]], images[image["id"]] = annotation, image
+                refs.append(row | dict(split=other.get(row["split"], row["split"])))
+        except Exception as e:  # whatever a damaged file makes the reader say
+            raise UserError(f"{file} is not a parquet file of the mirror: {first_line(e)}.") from None
+    return refs, list(annotations.values()), list(images.values())
+
+
+def index_entries(name: str, files: list[Path]) -> list[dict]:
+    """Joins refs, annotations and photographs, and checks each."""
+    refs, annotations, images = read_annotations(name, files)
+    annotations, images = ({i["id"]: i for i in items} for items in (annotations, images))
+    refs_file, instances_file, entries = files[0], files[-1], []
     for n, ref in enumerate(refs):
-        where = f"{refs_file}: ref {ref.get('ref_id', f'number {n}')}"
-        if not isinstance(ref.get("split"), str):
+        where = f"{refs_file}: ref {ref['ref_id'] if is_id(ref.get('ref_id')) else f'number {n}'}"
+        if not isinstance(ref.get("split"), str) or not ref["split"].isprintable() or len(ref["split"]) > 50:
             raise UserError(f"{where} is incomplete: it names no split.")
         try:
             entries.append(index_entry(ref, annotations, images, where, instances_file))
-        except (UserError, KeyError, TypeError, ValueError, AttributeError) as e:
+        except Exception as e:  # values of any kind may stand there
             # told when its split is opened, so that it does not keep the others from being read
             wrong = str(e) if isinstance(e, UserError) else f"{where} is incomplete: {e!r}."
             entries.append(dict(split=ref["split"], wrong=wrong))
     return entries
 
 
+def is_id(value) -> bool:
+    return type(value) is int and abs(value) < 2**63
+
+
 def index_entry(ref: dict, annotations: dict, images: dict, where: str, instances_file: Path) -> dict:
+    for name in "ref_id", "ann_id", "image_id":
+        if not is_id(ref[name]):
+            raise UserError(f"{where}: its {name} is no whole number.")
     annotation, photo = annotations.get(ref["ann_id"]), images.get(ref["image_id"])
     if annotation is None:
         raise UserError(f"{where}: its annotation {ref['ann_id']} is not in {instances_file}.")
@@ -860,12 +1003,15 @@ def index_entry(ref: dict, annotations: dict, images: dict, where: str, instance
         raise UserError(f"{where}: its photograph {ref['image_id']} is not in {instances_file}.")
     if annotation["image_id"] != ref["image_id"]:
         raise UserError(f"{where}: its photograph is {ref['image_id']}, that of its annotation {ref['ann_id']} is "
-                        f"{annotation['image_id']}.")
+                        f"{annotation['image_id'] if is_id(annotation['image_id']) else 'another'}.")
     file, sentences = photo["file_name"], [s["sent"] for s in ref["sentences"]]
-    if not isinstance(file, str) or set(file) & set("/\\\0") or file in ("", ".", ".."):
-        raise UserError(f"{instances_file}: image {photo['id']}: {file!r} is not a bare file name.")
+    if not isinstance(file, str) or set(file) & set("/\\\0") or file in ("", ".", "..") or len(file) > 200 \
+            or not file.isprintable():
+        raise UserError(f"{instances_file}: image {ref['image_id']}: {file!r:.100} is not a bare file name.")
     if not sentences or not all(isinstance(s, str) and s.strip() for s in sentences):
         raise UserError(f"{where}: a sentence is empty; remove it or write it.")
+    if not 0 < photo["height"] * photo["width"] <= 2 * Image.MAX_IMAGE_PIXELS or photo["height"] < 0:  # Pillow's limit
+        raise UserError(f"{where}: its photograph cannot have {photo['width']!r:.20} x {photo['height']!r:.20} pixels.")
     box = annotation.get("bbox")  # x, y, width, height
     if box is not None:
         x, y, w, h = map(float, box)
@@ -875,3 +1021,129 @@ def index_entry(ref: dict, annotations: dict, images: dict, where: str, instance
     return dict(ref_id=int(ref["ref_id"]), ann_id=int(ref["ann_id"]), image_id=int(ref["image_id"]), file=file,
                 split=ref["split"], sentences=[s.strip() for s in sentences], height=int(photo["height"]),
                 width=int(photo["width"]), segmentation=annotation["segmentation"], box=box)
+
+
+# python data.py --check
+
+PUBLISHED = {  # objects and sentences of each split; None: not printed
+    "refcoco": dict(train=(42404, 120624), val=(3811, 10834), testA=(1975, 5657), testB=(1810, 5095)),
+    "refcoco+": dict(train=(42278, 120191), val=(3805, 10758), testA=(1975, 5726), testB=(1798, 4889)),
+    "refcocog_umd": dict(train=(42226, None), val=(2573, None), test=(5023, None)),
+    "refcocog_google": dict(train=(44822, None), val=(5000, None)),
+}
+
+
+def check_dataset(name: str, root: Path, pictures: dict[Path, str]) -> dict:
+    """What a data set has in each split, and in `problems` what is wrong with it. `pictures`: what was found of each
+    photograph so far, "" for a good one; data sets share them."""
+    files, problems, notes = annotation_files(name, root), [], []
+    refs, annotations, images = read_annotations(name, files)
+    lists = [r["sentences"] for r in refs if isinstance(r.get("sentences"), list)]
+    sentences = [s for some in lists for s in some if isinstance(s, dict)]
+    for what, key, things in (("ref_id", "ref_id", refs), ("sent_id", "sent_id", sentences),
+                              ("annotation id", "id", annotations), ("image id", "id", images)):
+        twice = [k for k, n in Counter(t[key] for t in things if is_id(t.get(key))).items() if n > 1]
+        problems += [f"{what} {k} is there more than once" for k in twice]
+    entries = index_entries(name, files)
+    problems += [e["wrong"] for e in entries if "wrong" in e]
+    entries = [e for e in entries if "wrong" not in e]
+    areas = {a["id"]: (a.get("area"), a.get("bbox")) for a in annotations}
+    folder = next((p for p in image_folders(name, root) if p.is_dir()), None)
+    if folder is None:
+        problems.append(f"no folder of photographs; looked for {', '.join(map(str, image_folders(name, root)))}")
+    for e in tqdm(entries, desc=name, leave=False, disable=not sys.stderr.isatty()):
+        where = f"{e['split']} ref {e['ref_id']}"
+        if folder is not None:
+            path = photograph(folder, e["file"])
+            if path not in pictures:
+                pictures[path] = ""
+                try:
+                    read_image(path, (e["height"], e["width"]))
+                except UserError as error:
+                    pictures[path] = str(error)
+                    problems.append(f"{where}: {error}")
+        try:
+            mask = decode_mask(e, f"{where}, annotation {e['ann_id']}")
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        problems += [f"{where}: {odd}" for odd in disagreements(mask, *areas[e["ann_id"]])]
+    rows, splits = [], {}
+    for e in entries:
+        splits.setdefault(e["split"], []).append(e)
+    for split in sorted({*splits, *REFER_FILES[name][2]}, key=[*REFER_FILES[name][2], *sorted(splits)].index):
+        some = splits.get(split, [])
+        row = dict(dataset=name, split=split, images=len({e["image_id"] for e in some}), objects=len(some),
+                   sentences=sum(len(e["sentences"]) for e in some), boxes=sum(e["box"] is not None for e in some))
+        rows.append(row | dict(zip(("published_objects", "published_sentences"),
+                                   PUBLISHED.get(name, {}).get(split, (None, None)))))
+    published = sum(row["published_objects"] or 0 for row in rows)
+    if 10 * len(entries) < published:
+        notes.append(f"a set of one's own, {len(entries):,} objects of the published {published:,}: sizes not compared")
+    else:
+        problems += [f"{row['split']} has {row[what]:,} {what}, the published set {row[f'published_{what}']:,}"
+                     for row in rows for what in ("objects", "sentences")
+                     if row[f"published_{what}"] not in (None, row[what])]
+    for a, b in itertools.combinations(splits, 2):
+        shared = {e["image_id"] for e in splits[a]} & {e["image_id"] for e in splits[b]}
+        if shared:
+            said = f"{a} and {b} share {len(shared):,} photographs, such as {min(shared)}"
+            if name == "refcocog_google":
+                notes.append(f"{said}: its splits are of objects, not of photographs")
+            else:
+                problems.append(said)
+    return dict(dataset=name, splits=rows, problems=problems, notes=notes)
+
+
+def disagreements(mask: np.ndarray, area: float | None, box: list | None) -> list[str]:
+    """Where a mask's pixels and its annotation's area and box do not fit, beyond what drawing a polygon changes."""
+    x1, y1, x2, y2 = box_of(mask)
+    edge, found = x2 - x1 + y2 - y1, []
+    try:
+        area, box = None if area is None else float(area), None if box is None else list(map(float, box))
+    except (TypeError, ValueError, OverflowError):
+        return ["its annotation's area or box is no number"]
+    if area is not None and not abs(int(mask.sum()) - area) <= 0.05 * area + edge:
+        found.append(f"its mask has {int(mask.sum())} pixels, its annotation says {area:g}")
+    if box is not None:
+        given = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
+        if max(abs(v - w) for v, w in zip(given, (x1, y1, x2, y2))) > 2 + 0.02 * max(mask.shape):
+            found.append(f"its mask lies in {[int(v) for v in (x1, y1, x2, y2)]}, its annotation's box is "
+                         f"{[round(v, 1) for v in given]}")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("--check", action="store_true", required=True, help="read everything and say what is wrong")
+    p.add_argument("--data-root", required=True, help="folder of the data sets")
+    p.add_argument("--dataset", choices=tuple(REFER_FILES), help="default: all that are there")
+    p.add_argument("--json", metavar="FILE", help="- for standard output, and then nothing else goes there")
+    args = p.parse_args(argv)
+    root, pictures, found = Path(args.data_root), {}, []
+    there = [n for n, (folder, refs, _) in REFER_FILES.items() if (root / folder / refs).is_file()
+             or n in MIXED and any((root / folder).rglob("*.parquet"))]
+    names = [args.dataset] if args.dataset else there
+    if not names:
+        raise UserError(f"{root} holds none of {', '.join(REFER_FILES)}: no such folder has a refs file.")
+    for name in names:
+        try:
+            found.append(check_dataset(name, root, pictures))
+        except UserError as e:  # the others are still looked at
+            found.append(dict(dataset=name, splits=[], problems=[str(e)], notes=[]))
+    for d in found if args.json != "-" else ():
+        if d["splits"]:
+            print_table([{k: "" if v is None else v for k, v in row.items()} for row in d["splits"]])
+        for kind in "notes", "problems":
+            for line in d[kind][:20]:
+                print(f"  {kind[:-1]}: {line}")
+            if len(d[kind]) > 20:
+                print(f"  and {len(d[kind]) - 20:,} more {kind}")
+        print(f"{d['dataset']}: {len(d['problems']):,} problems\n")
+    write_result(args.json, found)
+    return int(any(d["problems"] for d in found))
+
+
+if __name__ == "__main__":
+    run_command(main)

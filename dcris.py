@@ -68,6 +68,7 @@ BACKBONES = {
 }
 VARIANTS = ("dcris", "detris")
 TUNES = ("method", "frozen", "full")
+RELEASED_CODE = True  # so there is another way to evaluate (evaluate.PROTOCOLS)
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class Config:
 def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str = "refcoco", **flags) -> Config:
     """The settings of a backbone, variant and data set, and over them what the user set."""
     c = dict(backbone=backbone, variant=variant)
-    if dataset == "refcocog_umd":
+    if dataset in ("refcocog_umd", "mixed"):
         c |= dict(words=22)
     if backbone == "dinov2-large":
         c |= dict(visual_layers=(2, 6, 10, 14, 18, 22), taps=(9, 17), batch_size=64, lr=2e-4)

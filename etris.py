@@ -74,6 +74,7 @@ BACKBONES = {
 }
 VARIANTS = ("etris", "released")
 TUNES = ("method", "frozen", "full")
+RELEASED_CODE = True  # so there is another way to evaluate (evaluate.PROTOCOLS)
 STAGES = (2, 3, 4)  # Sec. 3.1: i in {2, ..., N}; a ResNet's layer2 to layer4
 UP = (False, False, True)  # Eq. 4: only the last stage's map is smaller than the common one
 
@@ -137,7 +138,7 @@ def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refc
     c = dict(backbone=backbone, variant=variant)
     vision, text = (BACKBONES[backbone]["clip"][k] for k in ("vision_cfg", "text_cfg"))
     vit = isinstance(vision["layers"], int)
-    if dataset.startswith("refcocog"):
+    if dataset.startswith("refcocog") or dataset == "mixed":
         c |= dict(words=22)
     if vit:
         c |= dict(bridger_heads=8, adapter_lr=10.0)  # Sec. 4.2: 0.001 for the Bridger beside a ViT

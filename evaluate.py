@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
+import itertools
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,12 @@ from common import Process, UserError
 
 METHODS = ("dcris", "etris", "m2ist", "shared_ris")
 SIZES = 0, 1, 2, 5, 10, 20, 50, 100  # of objects, in per cent of the photograph
+PROTOCOLS = {
+    "default": "every sentence; logits resized to the photograph (bilinear), boxes cut at its border",
+    "released": "every sentence; as the authors' code, probabilities are resized twice (bicubic, with align_corners, "
+                "then an affine map) and boxes not cut",
+    "released-val": "as their code while it trains: as released, and of each object only the first sentence",
+}
 MAIN_METRIC = dict(mask="mIoU", box="Acc@0.5")  # what the best step is chosen by
 
 
@@ -49,8 +56,23 @@ def load_run(ckpt: str, weights: str | None, process: Process) -> tuple[torch.nn
     c = common.config_from_json(method.Config, info["config"], ckpt)
     if c.backbone not in method.BACKBONES or c.variant not in method.VARIANTS or c.tune not in method.TUNES:
         raise UserError(f"{ckpt}: its backbone {c.backbone}, variant {c.variant} or tune {c.tune} is unknown here.")
+    try:  # without memory, as its settings may ask for any
+        rest = {k: v for k, v in vars(c).items() if k not in ("backbone", "variant")}
+        c = method.config(c.backbone, c.variant, info["dataset"], **rest)  # which refuses what cannot be
+        with torch.device("meta"):
+            common.load_trained(method.Model(c, "random"), state, "it")
+    except UserError as e:
+        raise UserError(f"{ckpt}: {e}") from None
+    except Exception as e:
+        raise UserError(f"{ckpt}: its settings make no model: {common.first_line(e)}.") from None
+    if info["frozen"] and not weights:
+        weights = info["weights"]
+        kinds = ".pth", ".pt", ".safetensors", ".spm", ".bin"
+        if weights not in ("random", "pretrained") and not os.path.isdir(weights) and not all(
+                w.endswith(kinds) for w in weights.split(",")):  # a checkpoint does not say what files are opened
+            raise UserError(f"{ckpt}: its weights, {weights[:200]!r}, are no files of weights; --weights takes them.")
     # with trained towers the checkpoint holds everything
-    model = common.build(method, c, (weights or info["weights"]) if info["frozen"] else "random", info["seed"])
+    model = common.build(method, c, weights if info["frozen"] else "random", info["seed"])
     common.load_trained(model, state, ckpt)
     if info["frozen"] != common.fingerprint(model):
         raise UserError(f"{ckpt}: its frozen towers ({info['weights']}) are not the ones built here; "
@@ -68,29 +90,38 @@ def others_sentences(sentences: list[str], seed: int = 0) -> list[str]:
 
 @torch.no_grad()
 def evaluate_split(model, source, process: Process, batch_size: int = 16, workers: int = 0, shuffle_text: bool = False,
-                   most: int | None = None, share: bool = True, by_size: bool = False) -> dict:
+                   most: int | None = None, share: bool = True, by_size: bool = False, intervals: bool = False,
+                   protocol: str = "default", stop: common.StopSignal | None = None) -> dict:
     """Metrics of a split (see common.mask_metrics and box_metrics), or of its first `most` sentences; with `by_size`
     also a list of them, for objects of so much of the photograph's area (of whose boxes, where the answer is a box).
 
     They are the same on every process, for any number of processes, and with and without `share`: whether a picture is
-    encoded once for all its sentences, where a method can.
+    encoded once for all its sentences, where a method can. With `intervals` their 95 % bootstrap intervals are among
+    them. `protocol`: see PROTOCOLS. Empty where a signal came (`stop`) on any process.
     """
-    items = data.EvalSet(source, model.preprocess, most)
+    items = data.EvalSet(source, model.preprocess, most, first=protocol == "released-val")
     sentences = items.sentences()
     if shuffle_text:
         sentences = others_sentences(sentences)
     was_training = model.training
     model.eval()
     if hasattr(model, "image_features"):
-        rows = answers_by_picture(model, items, sentences, process, batch_size, workers, share)
+        rows = answers_by_picture(model, items, sentences, process, batch_size, workers, share, protocol)
     else:
-        rows = answers(model, items, sentences, process, batch_size, workers)
-    rows = sorted(row for part in process.gather(list(rows)) for row in part)
+        rows = answers(model, items, sentences, process, batch_size, workers, protocol)
+    mine = list(itertools.takewhile(lambda _: stop is None or not stop.number, rows))
+    gathered = process.gather((mine, stop is not None and stop.number))
     model.train(was_training)
+    if any(stopped for _, stopped in gathered):
+        return {}
+    rows = sorted(row for part, _ in gathered for row in part)
     numbers, scores, sizes = ([row[n] for row in rows] for n in range(3))
     assert numbers == list(range(len(items))), f"{source.name} {source.split}: not every sentence counted once"
     metrics = common.mask_metrics if model.task == "mask" else common.box_metrics
     result = metrics(scores)
+    if intervals:
+        pictures = [source.picture(i) for i, _ in items.pairs]
+        result |= (common.mask_intervals if model.task == "mask" else common.box_intervals)(scores, pictures)
     if by_size:
         groups = np.digitize(sizes, SIZES[1:-1])  # from the first number on, below the second
         result["by_size"] = [
@@ -103,7 +134,8 @@ def progress(loader: DataLoader, items: data.EvalSet, process: Process):
     return tqdm(loader, desc=items.source.split, leave=False, disable=process.rank > 0 or not sys.stderr.isatty())
 
 
-def answers(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int, workers: int):
+def answers(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int, workers: int,
+            protocol: str):
     """(number, (intersection, union), size) of this process's share of the expressions."""
     # whole batches are dealt out, so that a batch is the same whoever computes it
     batches = [range(b, min(b + batch_size, len(items))) for b in range(0, len(items), batch_size)]
@@ -113,13 +145,15 @@ def answers(model, items: data.EvalSet, sentences: list[str], process: Process, 
         tokens = model.tokenize([sentences[k] for k in batch["index"]])
         logits = model(batch["image"].to(process.device), tokens.to(process.device))
         for k, one, truth in zip(batch["index"], logits.float().cpu(), batch["truth"]):
-            on_photograph = data.from_canvas(one[0], truth.shape, model.preprocess)
-            mask = predicted_mask(on_photograph, model.c.threshold)
+            if protocol == "default":
+                mask = predicted_mask(data.from_canvas(one[0], truth.shape, model.preprocess), model.c.threshold)
+            else:
+                mask = data.released_from_canvas(one[0].sigmoid(), truth.shape, model.preprocess) > model.c.threshold
             yield k, common.intersection_union(mask, truth), 100 * int(truth.sum()) / truth.numel()
 
 
 def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int,
-                       workers: int, share: bool):
+                       workers: int, share: bool, protocol: str):
     """(number, IoU of boxes, size) of this process's share of the pictures. Each is encoded alone, once or for each of
     its sentences, so that the figures are the same to the last bit."""
     pictures = data.PictureSet(items)
@@ -139,28 +173,13 @@ def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process
             for k, box, truth in zip(some, boxes, p["boxes"][b:b + batch_size]):
                 (x1, y1, x2, y2), (height, width) = truth, p["size"]
                 size = 100 * (x2 - x1) * (y2 - y1) / (height * width)
-                yield k, common.box_iou(data.box_from_canvas(box, p["size"], model.preprocess), truth), size
+                box = data.box_from_canvas(box, p["size"], model.preprocess, cut=protocol == "default")
+                yield k, common.box_iou(box, truth), size
 
 
 def predicted_mask(logits: torch.Tensor, threshold: float) -> torch.Tensor:
     """Logits (H, W) on the photograph -> bool (H, W): sigmoid > threshold, strictly."""
     return logits > math.log(threshold / (1 - threshold))
-
-
-def print_table(rows: list[dict]) -> None:
-    """Dicts of one kind as a table on standard output."""
-    names = list(rows[0])
-    cells = [[f"{v:.2f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
-    for line in [names, *cells]:
-        print("  ".join(c.rjust(w) for c, w in zip(line, widths)))
-
-
-def write_result(file: str | None, value) -> None:
-    if file == "-":
-        print(json.dumps(value, indent=1))
-    elif file:
-        common.write_json(file, value)
 
 
 def measure_split(model, source, process: Process, args: argparse.Namespace) -> dict:
@@ -173,7 +192,7 @@ def measure_split(model, source, process: Process, args: argparse.Namespace) -> 
     for share in dict(on=[True], off=[False], compare=[False, True])[args.share]:
         begin = time.perf_counter()
         row = evaluate_split(model, source, process, args.batch_size, args.workers, args.shuffle_text, share=share,
-                             by_size=args.by_size)
+                             by_size=args.by_size, intervals=True, protocol=args.protocol)
         took[share] = time.perf_counter() - begin, row
     if len(took) == 2:
         (apart, other), (once, row) = took[False], took[True]
@@ -192,25 +211,33 @@ def measure(args: argparse.Namespace, process: Process) -> None:
     splits = [args.split]
     if args.split == "all":
         splits = [s for s in data.SPLITS.get(name, ("val",)) if s != "train"]
+    if args.protocol != "default" and not hasattr(load_method(info["method"]), "RELEASED_CODE"):
+        raise UserError(f"--protocol {args.protocol}: the authors of {info['method']} released no code.")
     rows, sources = [], [data.open_dataset(name, split, root, info["seed"]) for split in splits]
     origin = common.origin(args.weights) if args.weights else info.get("origin", info["weights"])
     leak = common.leak(load_method(info["method"]), origin, name)
     if leak:
         process.say(leak)
+    trained = data.MIXED if info["dataset"] == "mixed" else (info["dataset"],)
+    coco = [n for n in data.SPLITS if n.startswith("refcoco")]
+    if name in coco and set(trained) & set(coco) and name not in trained:
+        process.say(f"note: the model was trained on {info['dataset']}, whose train split may show photographs of "
+                    f"{name}'s val and test splits; mixed leaves out those of {', '.join(data.MIXED)}")
     for split, source in zip(splits, sources):
-        about = dict(method=info["method"], backbone=info["config"]["backbone"], dataset=name, split=split)
+        about = dict(method=info["method"], backbone=info["config"]["backbone"], dataset=name, split=split,
+                     protocol=args.protocol)
         if args.shuffle_text:
             about["text"] = "shuffled"
         row = measure_split(model, source, process, args)
         rows.append(about | row | (dict(leak=leak) if leak else {}))
     if process.rank == 0:
         if args.json != "-":
-            print_table([{k: v for k, v in row.items() if k != "by_size"} for row in rows])
+            common.print_table([{k: v for k, v in row.items() if k != "by_size"} for row in rows])
             for row in rows if args.by_size else ():
                 print(f"\n{row['split']}, by the object's share of the photograph" +
                       (" (its box's)" if model.task == "box" else ""))
-                print_table(row["by_size"])
-        write_result(args.json, rows if args.split == "all" else rows[0])
+                common.print_table(row["by_size"])
+        common.write_result(args.json, rows if args.split == "all" else rows[0])
         if args.draw:
             draw_examples(args.draw, model, sources[0], args.draw_count)
 
@@ -276,7 +303,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
             found = f"{answer['area']} pixels, {found}, mean confidence {answer['confidence']}"
     if args.json != "-":
         print(f"{sentence!r}: {found}. Drawn: {out}" + (f", mask: {result['mask']}" if "mask" in result else ""))
-    write_result(args.json, result)
+    common.write_result(args.json, result)
 
 
 def picture_format(path: Path) -> str:
@@ -304,7 +331,8 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
         if args.json != "-":
             for key in dict.fromkeys((row["method"], row["backbone"]) for row in rows):
                 same = [row for row in rows if (row["method"], row["backbone"]) == key]
-                print_table([{k: v for k, v in row.items() if k not in ("device", "paper", "parts")} for row in same])
+                common.print_table([{k: v for k, v in row.items() if k not in ("device", "paper", "parts")}
+                                    for row in same])
                 print(f"  on {same[0]['device']}; 1 multiply-add = 2 FLOPs")
                 for n, row in enumerate(same, 1):
                     which = f" of row {n}" if len(same) > 1 else ""
@@ -313,7 +341,7 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
                         for name, part in row["parts"].items()))
                     print(f"  the paper prints{which}: {row['paper'] or 'nothing'}")
                 print()
-        write_result(args.json, rows)
+        common.write_result(args.json, rows)
 
 
 def varied(args: argparse.Namespace, method, names: tuple[str, str, str]) -> list[dict]:
@@ -335,6 +363,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--data-root", help="folder of a REFER data set; default: the run's")
     p.add_argument("--split", default="val", help="val, testA, testB, test, train, or all (but train)")
     p.add_argument("--shuffle-text", action="store_true", help="give each picture another's sentence")
+    p.add_argument("--protocol", default="default", choices=PROTOCOLS,
+                   help="; ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()))
     p.add_argument("--by-size", action="store_true", help="also by the share of the photograph that the object takes")
     p.add_argument("--workers", type=int, default=0, help="processes that read data")
     p.add_argument("--share", default="on", choices=("on", "off", "compare"),
@@ -373,8 +403,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--{ignored[0]} goes with --efficiency; a checkpoint knows its own")
     if args.vary and args.ckpt:
         p.error("--vary goes with --efficiency")
-    if (args.share != "on" or args.by_size) and (args.efficiency or args.image):
-        p.error(f"--{'by-size' if args.by_size else 'share'} goes with a split's metrics")
+    of_split = dict(share=args.share != "on", by_size=args.by_size, protocol=args.protocol != "default")
+    if any(of_split.values()) and (args.efficiency or args.image):
+        p.error(f"--{max(of_split, key=of_split.get).replace('_', '-')} goes with a split's metrics")
     if args.ckpt and args.threshold is not None and not args.image:
         p.error("--threshold goes with --image; metrics are measured at the method's own")
     if (args.image is None) != (args.text is None):

@@ -71,6 +71,7 @@ BACKBONES = {  # Sec. III-A
 STRIDES = dict(layer1=4, layer2=8, layer3=16, layer4=32)
 VARIANTS = ("m2ist",)
 TUNES = ("method", "frozen", "full")
+RELEASED_CODE = True  # so there is another way to evaluate (evaluate.PROTOCOLS)
 MIX = Literal["iea", "vea+lea", "vea", "lea", "none"]
 
 
@@ -125,7 +126,7 @@ class Config:
 def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: str = "refcoco", **flags) -> Config:
     """The settings of a backbone and data set, and over them what the user set."""
     c = dict(backbone=backbone, variant=variant)
-    if dataset.startswith("refcocog"):
+    if dataset.startswith("refcocog") or dataset == "mixed":
         c |= dict(words=40)
     if dataset == "refcoco+":
         c |= dict(epochs=180, milestones=(120,))
@@ -196,10 +197,10 @@ def leak(weights: str, dataset: str) -> str:
     DETR is trained on COCO, RefCOCO's photographs among it. The paper's is trained without these; such files are
     TransVG's detr-r50-unc.pth (for refcoco, refcoco+) and detr-r50-gref.pth (for refcocog).
     """
-    if not dataset.startswith("refcoco") or weights == "random":
+    if not dataset.startswith(("refcoco", "mixed")) or weights == "random":
         return ""
     clean = "gref" if dataset.startswith("refcocog") else "unc"
-    for file in [] if weights == "pretrained" else weights.split(","):
+    for file in [] if weights == "pretrained" or dataset == "mixed" else weights.split(","):
         if re.search(rf"detr.*{clean}", os.path.basename(file)):
             if not os.path.isfile(file) or not sha256(file).startswith("e632da11"):  # which is Facebook's, renamed
                 return ""

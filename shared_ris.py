@@ -150,7 +150,7 @@ def leak(weights: str, dataset: str) -> str:
     the names of BEiT-3's files: "indomain" ones were trained further on COCO and Visual Genome, others on COCO's
     captions."""
     seen = [f for f in map(os.path.basename, weights.split(",")) if re.search("indomain|coco|nocaps", f)]
-    if not dataset.startswith("refcoco") or not seen:
+    if not dataset.startswith(("refcoco", "mixed")) or not seen:
         return ""
     return (f"leak: {seen[0]} was trained on COCO's photographs and their captions, those of {dataset}'s val and test "
             "splits among them, so its figures may be too good")

@@ -21,8 +21,9 @@ import resource
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -128,15 +129,38 @@ def find_run(args: argparse.Namespace) -> Path:
     there = (out / "config.json").exists()
     if there and not args.resume:
         raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
-    if args.resume and not (there and (out / "resume.pt").exists()):
-        raise UserError(f"--resume: {out} holds no run that was saved; leave --resume away to start one.")
     return out
+
+
+def lock(out: Path):
+    """The run folder for this command alone, as long as it runs; what an earlier one was killed over is removed. Raises
+    UserError where another has it. -> a file that must stay open"""
+    import fcntl
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = open(out / ".lock", "a")
+    except OSError as e:
+        raise UserError(f"--out {str(out)[:200]} cannot be written: {e.strerror}.") from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not kept by data workers that outlive us
+    except (BlockingIOError, PermissionError):
+        raise UserError(f"{out} is in use by another process that trains; wait for it, or give another --out."
+                        ) from None
+    except OSError:  # a file system without locks
+        print(f"{out} cannot be locked, so nothing keeps a second command out of it", file=sys.stderr)
+    for name in "config.json", "log.jsonl", "model.safetensors", "resume.pt", "metrics.json":
+        for leftover in out.glob(f".{name}.*"):
+            leftover.unlink(missing_ok=True)
+    return file
 
 
 def open_run(args: argparse.Namespace, out: Path, settings: dict) -> None:
     """Writes what the run is, or compares it with what the run to resume was."""
     config = out / "config.json"
-    if not args.resume:
+    if config.exists() and not args.resume:
+        raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
+    if not config.exists():
         common.write_json(config, settings)
     else:
         names = "dataset", "weights", "seed", "val_split"
@@ -153,14 +177,16 @@ def open_run(args: argparse.Namespace, out: Path, settings: dict) -> None:
                             f"{fixed[changed[0]]}; give the same flags, or start another run with another --out.")
 
 
-def keep_log(path: Path, last: int) -> None:
-    """Leaves the lines up to a step. The last line may be half a line, or the file not begun."""
+def keep_log(path: Path, last: int, validated: bool) -> None:
+    """Leaves the lines up to a step, its validation only if that is done with. The last line may be half a line, or the
+    file not begun."""
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["step"] <= last:
+            entry = json.loads(line)
+            if entry["step"] < last or entry["step"] == last and (validated or "val" not in entry):
                 lines.append(line + "\n")
-        except ValueError:
+        except (ValueError, KeyError, TypeError):
             break
     with common.writing(path) as temporary:
         temporary.write_text("".join(lines))
@@ -189,12 +215,60 @@ def cache_features(args: argparse.Namespace, model, source, frozen: str, process
     return data.FeatureCache(source, model.preprocess, encode, folder, towers, process.say)
 
 
-def load_resume(path: Path) -> dict:
+def nothing_saved(out: Path) -> bool:
+    """Whether a run was stopped before it saved anything. Raises UserError where its resume.pt is lost."""
+    if not (out / "resume.pt").exists() and (out / "model.safetensors").exists():
+        raise UserError(f"--resume: {out} holds a model but no resume.pt to go on from; another run may take its "
+                        f"towers by --weights {out}.")
+    return not (out / "resume.pt").exists()
+
+
+def load_resume(path: Path, identity: str | None = None) -> dict:
+    """What a run saved. Raises UserError for a file that is missing, damaged or of a run with another `identity`."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not look at the checksums
+        if damaged:
+            raise ValueError(f"{damaged} in it is damaged")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved.keys() != RESUMED:
+            raise ValueError("it holds something else than a run, or one of an older version")
     except Exception as e:  # a broken file fails in many ways
-        raise UserError(f"{path} cannot be read ({str(e).splitlines()[0][:100]}); the run cannot be resumed, "
-                        "its model.safetensors is untouched.") from None
+        raise UserError(f"{path} cannot be read ({common.first_line(e)}); the run cannot be resumed, its "
+                        "model.safetensors is untouched.") from None
+    if identity is not None and saved["identity"] != identity:
+        raise UserError(f"--resume: {path} is of a run with other settings or towers than {path.parent} was "
+                        "started with.")
+    return saved
+
+
+SAVE_MINUTES = 10  # between two savings, where validations are further apart
+RESUMED = {"model", "optimizer", "scaler", "step", "best", "rng", "interval", "seconds", "validate", "identity"}
+
+
+@contextmanager
+def explained(args: argparse.Namespace, batch_size: int, process: Process, reading: list[str]):
+    """Says in a sentence what stops a run: too little memory for a batch, or a death among the processes that read.
+    `reading`: the objects of the batch that is wanted next, none during validation."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as e:
+        why = common.first_line(e)
+        if why.startswith("DataLoader worker"):  # the signal of its death comes wherever this process is
+            what = f"this batch or one soon after it: {', '.join(reading)}" if reading else "for the validation"
+            raise UserError(f"{why} It was reading {what}. --workers 0 reads in the process that trains, and shows "
+                            "what is wrong.") from None
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(
+                said in str(e) for said in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
+            n, parts = batch_size // args.accumulate, args.accumulate + 1
+            n = n // process.world if reading else n  # validation deals out whole parts
+            while parts < batch_size and batch_size % (parts * process.world):
+                parts += 1
+            less = (f"--accumulate {parts} computes the same batch in smaller parts" if n > 1 else
+                    "a smaller --image-size or backbone may do")
+            raise UserError(f"memory is not enough for {n} pictures at a time in each process: {less} ({why})."
+                            ) from None
+        raise
 
 
 def rng_state(device: torch.device) -> list:
@@ -211,9 +285,21 @@ def peak_memory(device: torch.device) -> float:
 def main(argv: list[str] | None = None) -> int:
     args, c = parse(argv)
     process = common.start(tiny=args.backbone.startswith("tiny"), device=args.device)
-    device, method = process.device, load_method(args.method)
     stop = common.StopSignal()
-    out = process.first_alone(lambda: find_run(args))
+    out, locks = process.first_alone(lambda: find_run(args)), []
+    try:
+        process.first_alone(lambda: locks.append(lock(out)) or None)
+        reading: list[str] = []
+        with explained(args, c.batch_size, process, reading):
+            return learn(args, c, process, out, stop, reading)
+    finally:
+        for file in locks:
+            file.close()
+
+
+def learn(args: argparse.Namespace, c, process: Process, out: Path, stop: common.StopSignal, reading: list[str]) -> int:
+    """The run, from its data to its last step; `reading` says where it is (see explained). -> exit status"""
+    device, method = process.device, load_method(args.method)
 
     # data
     train_source = data.open_dataset(args.dataset, "train", args.data_root, args.seed)
@@ -240,6 +326,7 @@ def main(argv: list[str] | None = None) -> int:
                 dataset=args.dataset, data_root=args.data_root, val_split=args.val_split, amp=amp,
                 accumulate=args.accumulate, workers=args.workers, processes=process.world, device=str(device),
                 cache_features=args.cache_features, origin=common.origin(args.weights),
+                note=getattr(train_source, "note", ""),
                 leak=common.leak(method, common.origin(args.weights), args.dataset),
                 versions=common.versions())
     features = cache_features(args, model, train_source, frozen, process, stop)
@@ -259,70 +346,122 @@ def main(argv: list[str] | None = None) -> int:
                 f"{process.world} x {device}, amp {amp}, to {out}")
     if args.tune_said:
         process.say("the tiny towers are random, so nothing is worth freezing yet: --tune full, everything is trained")
-    if info["leak"]:
-        process.say(info["leak"])
+    for said in info["note"], info["leak"]:
+        if said:
+            process.say(said)
     process.say(f"trained: {common.count(model, True):,} of {common.count(model):,} parameters (--tune {c.tune})")
 
     # resume
-    first, best, seconds, interval = 0, -1.0, 0.0, []
-    if args.resume:
-        saved = load_resume(out / "resume.pt")
-        if saved["frozen"] != frozen:
-            raise UserError(f"--resume: the frozen towers are not the ones that {out} was started with.")
+    first, best, seconds, interval, saved = 0, -1.0, 0.0, [], None
+    identity = json.dumps([info[k] for k in ("config", "dataset", "weights", "seed", "frozen")])
+    if args.resume and process.first_alone(lambda: nothing_saved(out)):
+        process.say(f"--resume: nothing is saved in {out} yet, so the run begins at its first step")
+        process.first_alone(lambda: keep_log(out / "log.jsonl", 0, True))
+    elif args.resume:
+        saved = process.everywhere(lambda: load_resume(out / "resume.pt", identity))
         common.load_trained(model, saved["model"], str(out / "resume.pt"))
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+            scaler.load_state_dict(saved["scaler"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+            raise UserError(f"{out / 'resume.pt'} does not fit this run: {common.first_line(e)}.") from None
         first, best, seconds, interval = (saved[k] for k in ("step", "best", "seconds", "interval"))
         process.say(f"resumed at step {first}")
-        if process.rank == 0:  # lines after the saved step will come again
-            keep_log(out / "log.jsonl", first)
+        # lines after the saved step will come again
+        process.first_alone(lambda: keep_log(out / "log.jsonl", first, not saved["validate"]))
 
     net = model
     if process.world > 1:
         if device.type == "cuda":
             net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
         net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    items = data.TrainSet(train_source, model.preprocess, args.seed, c.every_sentence, features)
+    coming, ahead = (micro_batches(n, c, args.seed, range(first, steps), process, args.accumulate) for _ in range(2))
     loader = iter(DataLoader(
-        data.TrainSet(train_source, model.preprocess, args.seed, c.every_sentence, features),
-        num_workers=0 if features else args.workers, collate_fn=data.collate,
-        batch_sampler=micro_batches(n, c, args.seed, range(first, steps), process, args.accumulate),
+        items, num_workers=0 if features else args.workers, collate_fn=data.collate, batch_sampler=ahead,
         worker_init_fn=quiet_worker, pin_memory=device.type == "cuda"))
     torch.manual_seed(args.seed + process.rank)  # dropout
-    if args.resume and process.rank < len(saved["rng"]):
+    if saved and process.rank < len(saved["rng"]):
         torch.set_rng_state(saved["rng"][process.rank][0])
         if device.type == "cuda":
             torch.cuda.set_rng_state(saved["rng"][process.rank][1], device)
 
     def log(**entry) -> None:
         if process.rank == 0:
-            with open(out / "log.jsonl", "a") as f:
-                f.write(json.dumps(entry) + "\n")
+            try:
+                with open(out / "log.jsonl", "a") as f:
+                    f.write(json.dumps(entry) + "\n")
+            except OSError as e:
+                raise UserError(f"{out / 'log.jsonl'} cannot be written: {e.strerror}.") from None
 
     def save_best() -> None:
-        if process.rank == 0:
-            common.save_model(out / "model.safetensors", model, info | dict(step=step, val=val))
+        common.save_model(out / "model.safetensors", model, info | dict(step=step, val=val))
+        if val:
+            about = dict(step=step, dataset=args.dataset, split=args.val_split)
+            about |= dict(leak=info["leak"]) if info["leak"] else {}
+            common.write_json(out / "metrics.json", about | val)
 
-    def save_resume() -> None:
+    def save_resume(validate: bool = False) -> None:
+        """`validate`: whether the validation of this step is still to come."""
+        nonlocal saved_at
         rng = process.gather(rng_state(device))
-        if process.rank == 0:
-            state = dict(model=common.trained_state(model), optimizer=optimizer.state_dict(), frozen=frozen,
-                         scaler=scaler.state_dict(), step=step, best=best, rng=rng,
+
+        def write() -> None:
+            state = dict(model=common.trained_state(model), optimizer=optimizer.state_dict(), identity=identity,
+                         scaler=scaler.state_dict(), step=step, best=best, rng=rng, validate=validate,
                          interval=interval, seconds=seconds + time.perf_counter() - begin)
-            with common.writing(out / "resume.pt") as temporary:
-                torch.save(state, temporary)
+            with common.writing(out / "resume.pt") as temporary, open(temporary, "wb") as f:
+                torch.save(state, f)
+
+        process.first_alone(write)
+        saved_at = time.perf_counter()
+
+    def validate() -> bool:
+        """Measures the model and keeps it where it is the best so far; False where a signal came before the end."""
+        nonlocal best, val
+        reading.clear()
+        if process.world > 1:  # without SyncBatchNorm (gloo) each process has statistics of its own
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+        # a trial of a few steps is not worth a long validation: no more sentences than the run learns from
+        val = evaluate_split(model, val_source, process, c.batch_size // args.accumulate, val_workers,
+                             most=steps * c.batch_size, stop=stop)
+        if not val:
+            return False
+        log(step=step, epoch=round(step / per_epoch, 3), val=val)
+        if not bar.disable:
+            bar.clear()
+        process.say(f"step {step}  {args.val_split}  " + "  ".join(f"{k} {v}" for k, v in val.items()))
+        if val[MAIN_METRIC[model.task]] > best:
+            best = val[MAIN_METRIC[model.task]]
+            process.first_alone(save_best)
+        return True
+
+    def leave(pending: bool) -> int:
+        save_resume(pending)
+        if best < 0:
+            process.first_alone(save_best)
+        process.say(f"stopped at step {step} and saved; the same command with --resume goes on from there.")
+        return 128 + (stop.number or signal.SIGTERM)
 
     # train
     bar = tqdm(total=steps, initial=first, disable=process.rank > 0 or not sys.stderr.isatty())
-    begin = since = time.perf_counter()
+    begin = since = saved_at = time.perf_counter()
     step, val, done = first, {}, first
+    if saved and saved["validate"]:
+        if not validate():
+            return leave(pending=True)
+        save_resume()
     net.train()
     for step in range(first + 1, steps + 1):
         factor = learning_rate(step - 1, steps, per_epoch, c)
         for group in optimizer.param_groups:
             group["lr"] = group["base"] * factor
-        total = torch.zeros((), device=device)
+        total, ids = torch.zeros((), device=device), []
         for part in range(args.accumulate):
+            reading[:] = [train_source.describe(items.pairs[k][0]) for _, k in next(coming)]
             batch = next(loader)
+            ids += batch["id"]
             images = batch["image"].to(device, non_blocking=True)
             target = batch[model.task].to(device, non_blocking=True)
             tokens = model.tokenize(batch["sentence"]).to(device)
@@ -332,17 +471,22 @@ def main(argv: list[str] | None = None) -> int:
                     loss = model.loss(net(images, tokens), target) / args.accumulate
                 scaler.scale(loss).backward()
             total += loss.detach()
-        status = torch.stack([total / process.world, total.new_tensor(float(stop.number))])
+        late = process.rank == 0 and time.perf_counter() - saved_at > SAVE_MINUTES * 60
+        status = torch.stack([total / process.world, total.new_tensor(float(stop.number)), total.new_tensor(late)])
         if process.world > 1:
             dist.all_reduce(status)
-        loss_value, stopped = status.tolist()
-        if not math.isfinite(loss_value):
-            raise UserError(f"the loss is {loss_value} at step {step}, so the run stops before it spoils the weights; "
-                            f"its last batch here: {', '.join(batch['id'])}. A lower --lr or --amp off may help; "
-                            f"what was saved in {out} is untouched.")
-        if c.clip_norm:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(trained, c.clip_norm)
+        loss_value, stopped, late = status.tolist()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(trained, c.clip_norm) if c.clip_norm else \
+            torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        # fp16's scaler looks for itself, and leaves out a step whose gradients are none
+        if not math.isfinite(loss_value) or not scaler.is_enabled() and not norm.isfinite():
+            ids = [i for part in process.gather(ids) for i in part]
+            what = f"the loss is {loss_value}" if not math.isfinite(loss_value) else \
+                f"the gradient's norm is {norm.item()}"
+            raise UserError(
+                f"{what} at step {step}, so the run stops before it spoils the weights; its batch: {', '.join(ids)}. A "
+                f"lower --lr or --amp off may help; what was saved in {out} is untouched.")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -362,31 +506,16 @@ def main(argv: list[str] | None = None) -> int:
             bar.set_postfix_str(f"loss {entry['loss']:.4f} peak {entry['peak_gib']:.2f} GiB") if not bar.disable \
                 else process.say(line)
             interval, since, done = [], now, step
-        if step % val_every == 0 or step == steps:
-            if process.world > 1:  # without SyncBatchNorm (gloo) each process has statistics of its own
-                for buffer in model.buffers():
-                    dist.broadcast(buffer, 0)
-            # a trial of a few steps is not worth a long validation: no more sentences than the run learns from
-            val = evaluate_split(model, val_source, process, c.batch_size, val_workers, most=steps * c.batch_size)
-            log(step=step, epoch=round(step / per_epoch, 3), val=val)
-            if not bar.disable:
-                bar.clear()
-            process.say(f"step {step}  {args.val_split}  " + "  ".join(f"{k} {v}" for k, v in val.items()))
-            if val[MAIN_METRIC[model.task]] > best:
-                best = val[MAIN_METRIC[model.task]]
-                save_best()
-                if process.rank == 0:
-                    about = dict(step=step, dataset=args.dataset, split=args.val_split)
-                    about |= dict(leak=info["leak"]) if info["leak"] else {}
-                    common.write_json(out / "metrics.json", about | val)
-            save_resume()
-            since, done = time.perf_counter(), step
+        due = step % val_every == 0 or step == steps
         if stopped:
+            return leave(pending=due)
+        if due:
+            save_resume(validate=True)
+            if not validate():
+                return leave(pending=True)
+        if due or late:
             save_resume()
-            if best < 0:
-                save_best()
-            process.say(f"stopped at step {step} and saved; the same command with --resume goes on from there.")
-            return 128 + (stop.number or signal.SIGTERM)
+            since, done = saved_at, step
     bar.close()
     minutes = (seconds + time.perf_counter() - begin) / 60
     process.say(f"best {args.val_split} {MAIN_METRIC[model.task]} {best} in {minutes:.1f} min. Next:\n"

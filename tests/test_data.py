@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -584,6 +585,168 @@ def test_sentences_are_drawn_by_seed_and_epoch_alone(tmp_path):
     batch = data.collate([items[0, 0], items[0, 1]])
     assert batch["image"].shape == (2, 3, 64, 64) and batch["mask"].shape == (2, 64, 64)
     assert batch["id"][0].startswith("refcoco/train ref 0 (COCO_train2014_")
+
+
+def make_mixed(root):
+    """RefCOCO, RefCOCO+ and G-Ref of the same photographs; the naive union of their train splits shows some of val."""
+    make_refer(root)
+    for folder, refs_name in ("refcoco+", "refs(unc).p"), ("refcocog", "refs(umd).p"):
+        (root / folder).mkdir()
+        for name, other in (("refs(unc).p", refs_name), ("instances.json", "instances.json")):
+            (root / folder / other).write_bytes((root / "refcoco" / name).read_bytes())
+    splits = {"refcoco": "train val testA testB train", "refcoco+": "val train testB train train",
+              "refcocog": "train train test val train"}  # of photographs 1 to 5
+    for folder, names in splits.items():
+        file = next((root / folder).glob("refs*"))
+        refs = pickle.loads(file.read_bytes())
+        file.write_bytes(pickle.dumps([dict(r, split=s) for r, s in zip(refs, names.split())]))
+
+
+def test_mixed_leaves_out_what_any_val_or_test_split_shows(tmp_path):
+    make_mixed(tmp_path)
+    held = {data.Refer(name, s, tmp_path).picture(i) for name in data.MIXED for s in data.SPLITS[name][1:]
+            if s in ("val", "testA", "testB", "test") for i in [0] if data_has(name, s, tmp_path)}
+    naive = {data.Refer(name, "train", tmp_path).picture(i) for name in data.MIXED
+             for i in range(len(data.Refer(name, "train", tmp_path)))}
+    assert naive & held == {1, 2, 4} and held == {1, 2, 3, 4}
+    train = data.open_dataset("mixed", "train", str(tmp_path))
+    assert {train.picture(i) for i in range(len(train))} == {5} == naive - held and len(train) == 3
+    assert "5 of 8 train objects, 3 of 4 photographs, are left out" in train.note
+    assert [train.describe(i).split("/")[0] for i in range(3)] == list(data.MIXED)
+    record = train.read(1)
+    assert record.sentences == train.sentences(1) == ("thing 4", "other 4") and train.count(1) == 2
+    assert train.shape(1) == record.image.shape[:2] and train.box(1) == record.box
+    val = data.open_dataset("mixed", "val", str(tmp_path))
+    assert sorted(val.picture(i) for i in range(len(val))) == [1, 2, 4] and val.note == ""
+    assert len(data.TrainSet(train, PRE)[0, 1]["image"]) == 3
+    with pytest.raises(UserError, match="no split 'testA'"):
+        data.open_dataset("mixed", "testA", str(tmp_path))
+    edit(tmp_path, lambda refs, instances: refs[1]["sentences"].clear())  # in val: what it shows must be known
+    with pytest.raises(UserError, match="a sentence is empty"):
+        data.open_dataset("mixed", "train", str(tmp_path))
+
+
+def data_has(name, split, root):
+    try:
+        return len(data.Refer(name, split, root)) > 0
+    except UserError:
+        return False
+
+
+def test_a_run_on_mixed_says_and_keeps_what_was_left_out(tmp_path, capsys):
+    import train
+    make_mixed(tmp_path)
+    train.main(["--method", "dcris", "--dataset", "mixed", "--data-root", str(tmp_path), "--backbone", "tiny", "--steps",
+                "2", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")])
+    assert "5 of 8 train objects" in capsys.readouterr().err
+    assert "5 of 8 train objects" in json.loads((tmp_path / "run" / "config.json").read_text())["note"]
+
+
+def make_parquet(root, folder="refcoco"):
+    """The mirror's files of a data set in REFER's layout, which are removed."""
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    refs = pickle.loads((root / folder / "refs(unc).p").read_bytes())
+    instances = json.loads((root / folder / "instances.json").read_text())
+    annotations = {a["id"]: a for a in instances["annotations"]}
+    images = {i["id"]: i for i in instances["images"]}
+    names = dict(train="train", val="validation", testA="test", testB="testB")
+    for split, name in names.items():
+        rows = [r | dict(split=name, raw_anns=json.dumps(annotations[r["ann_id"]]), captions=["no"], bbox=[0.0, 1, 2, 3],
+                         raw_image_info=json.dumps(images[r["image_id"]]), image_path="coco/train2014/x.jpg")
+                for r in refs if r["split"] == split]
+        (root / folder / "data").mkdir(exist_ok=True)
+        parquet.write_table(pa.Table.from_pylist(rows), root / folder / "data" / f"{name}-00000-of-00001.parquet")
+    (root / folder / "refs(unc).p").unlink()
+    (root / folder / "instances.json").unlink()
+
+
+def test_the_parquet_mirror_has_the_same_records(tmp_path, monkeypatch):
+    make_refer(tmp_path)
+    splits = data.SPLITS["refcoco"]
+    refer = {s: data.Refer("refcoco", s, tmp_path) for s in splits}
+    records = {s: [refer[s].read(i) for i in range(len(refer[s]))] for s in splits}
+    make_parquet(tmp_path)
+    for s in splits:
+        mirror = data.Refer("refcoco", s, tmp_path)
+        assert mirror.entries == refer[s].entries and len(mirror) == len(records[s])
+        for i, record in enumerate(records[s]):
+            other = mirror.read(i)
+            assert np.array_equal(other.mask, record.mask) and np.array_equal(other.image, record.image)
+            assert (other.sentences, other.box, other.ref_id) == (record.sentences, record.box, record.ref_id)
+    assert data.main(["--check", "--data-root", str(tmp_path)]) == 0
+    file = next((tmp_path / "refcoco").rglob("*.parquet"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(UserError, match="pip install pyarrow"):
+            data.Refer("refcoco", "train", tmp_path)
+    file.write_bytes(file.read_bytes()[:-20])
+    with pytest.raises(UserError, match=f"{file.name} is not a parquet file of the mirror"):
+        data.Refer("refcoco", "train", tmp_path)
+
+
+def found(root, capsys, *flags):
+    """(exit status, what --check found of refcoco)"""
+    status = data.main(["--check", "--data-root", str(root), "--json", "-", *flags])
+    return status, {d["dataset"]: d for d in json.loads(capsys.readouterr().out)}
+
+
+def test_check_of_a_good_set(tmp_path, capsys):
+    make_refer(tmp_path)
+    status, sets = found(tmp_path, capsys)
+    assert status == 0 and list(sets) == ["refcoco"] and sets["refcoco"]["problems"] == []
+    rows = {r["split"]: r for r in sets["refcoco"]["splits"]}
+    assert rows["train"] == dict(dataset="refcoco", split="train", images=2, objects=2, sentences=4, boxes=2,
+                                 published_objects=42404, published_sentences=120624)
+    assert "sizes not compared" in sets["refcoco"]["notes"][0]
+    assert data.main(["--check", "--data-root", str(tmp_path)]) == 0 and "0 problems" in capsys.readouterr().out
+    with pytest.raises(UserError, match="holds none of"):
+        data.main(["--check", "--data-root", str(tmp_path / "nothing")])
+    status, sets = found(tmp_path, capsys, "--dataset", "refcoco+")
+    assert status == 1 and "refs(unc).p is missing" in sets["refcoco+"]["problems"][0]
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda r, i: r.append(r[0]), ["ref_id 0 is there more than once", "sent_id 0 is", "sent_id 1 is"]),
+    (lambda r, i: i["images"].append(i["images"][0]), ["image id 1 is there more than once"]),
+    (lambda r, i: i["annotations"].append(i["annotations"][1]), ["annotation id 101 is there more than once"]),
+    (lambda r, i: i["annotations"][0].update(area=1000.0), ["train ref 0: its mask has .* its annotation says 1000"]),
+    (lambda r, i: i["annotations"][2].update(bbox=[15, 5, 13, 15]), ["testA ref 2: its mask lies in"]),
+    (lambda r, i: r[1].update(image_id=1) or i["annotations"][1].update(image_id=1, segmentation=[[5, 5, 20, 5, 20, 18]],
+                                                                       bbox=[5, 5, 15, 13], area=98.0),
+     ["train and val share 1 photographs, such as 1"]),
+    (lambda r, i: r[3]["sentences"].clear(), ["ref 3: a sentence is empty"]),
+    (lambda r, i: i["annotations"][3].update(segmentation=[[1, 2]]), ["testB ref 3, annotation 103: its mask has no pixel"]),
+    (lambda r, i: i["images"][0].update(height=41, width=61), ["has 60 x 40 pixels, its annotations are for 61 x 41"])])
+def test_check_names_what_is_wrong(tmp_path, capsys, change, said):
+    make_refer(tmp_path)
+    edit(tmp_path, change)
+    status, sets = found(tmp_path, capsys)
+    problems = sets["refcoco"]["problems"]
+    assert status == 1 and len(problems) == len(said), problems
+    for line, words in zip(sorted(problems), sorted(said)):
+        assert re.search(words, line)
+
+
+def test_check_of_photographs(tmp_path, capsys, monkeypatch):
+    make_refer(tmp_path)
+    photos = sorted((tmp_path / "images").rglob("*.jpg"))
+    photos[0].unlink()
+    photos[1].write_bytes(photos[1].read_bytes()[:300])
+    status, sets = found(tmp_path, capsys)
+    assert status == 1 and [p.split(":")[0] for p in sets["refcoco"]["problems"]] == ["train ref 0", "val ref 1"]
+    monkeypatch.setitem(data.PUBLISHED, "refcoco", dict(train=(3, 4), val=(1, 2), testA=(1, 2), testB=(1, 2)))
+    assert "train has 2 objects, the published set 3" in found(tmp_path, capsys)[1]["refcoco"]["problems"]
+
+
+def test_check_of_splits_that_share_photographs_by_design(tmp_path, capsys):
+    make_refer(tmp_path, "refcocog", "refs(google).p", ("train", "val"))
+    refs_file = tmp_path / "refcocog" / "refs(google).p"
+    refs = pickle.loads(refs_file.read_bytes())
+    refs_file.write_bytes(pickle.dumps([*refs, dict(refs[0], ref_id=9, split="val", sent_ids=[], sentences=[
+        dict(sent="one more", sent_id=99)])]))
+    status, sets = found(tmp_path, capsys)
+    assert status == 0 and "train and val share 1 photographs" in sets["refcocog_google"]["notes"][1]
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="the sample of real photographs is not beside this checkout")
