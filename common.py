@@ -650,6 +650,7 @@ def box_intervals(ious: list[float], pictures: list) -> dict[str, list[float]]:
 
 
 def percentages(metrics: dict[str, float]) -> dict[str, float]:
+    """Shares as per cent, rounded to four decimals."""
     return {k: v if k == "n" else round(100 * float(v), 4) for k, v in metrics.items()}
 
 

@@ -303,6 +303,37 @@ def test_a_resume_file_of_another_run(tmp_path):
         train.main([*SMALL, "--steps", "1", "--val-every", "1", "--out", str(tmp_path / "a"), "--resume"])
 
 
+def test_a_checkpoint_does_not_say_what_files_are_opened(tmp_path):
+    train.main([*SMALL, "--steps", "1", "--val-every", "1", "--out", str(tmp_path / "run")])
+    info, state = common.read_checkpoint(str(tmp_path / "run"))
+    info |= dict(frozen="x", weights="/etc/passwd")
+    info["config"]["tune"], state = "frozen", {k: v for k, v in state.items() if not k.startswith(("vision.", "text."))}
+    data_ = common.save(state, {"refpapers": json.dumps(info | dict(sha256=common.checksum(info, state)))})
+    (tmp_path / "x.safetensors").write_bytes(data_)
+    with pytest.raises(UserError, match="'/etc/passwd', are no files of weights"):
+        evaluate.main(["--ckpt", str(tmp_path / "x.safetensors")])
+
+
+def test_names_that_are_too_long(tmp_path):
+    name = "a" * 300
+    for words in (["train.py", *SMALL, "--out", name], ["evaluate.py", "--ckpt", name],
+                  ["data.py", "--check", "--data-root", name]):
+        result = command(*words, check=2)
+        assert result.stderr.startswith("error: ") and "File name too long" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_figures_on_another_data_set_of_the_same_photographs_say_so(tmp_path, capsys):
+    make_refer(tmp_path)
+    shutil.copytree(tmp_path / "refcoco", tmp_path / "refcoco+")
+    flags = ["--dataset", "refcoco", "--data-root", str(tmp_path), "--backbone", "tiny", "--steps", "1", "--batch-size", "2"]
+    train.main([*SMALL, *flags, "--out", str(tmp_path / "run")])
+    for name, said in ("refcoco", False), ("refcoco+", True):
+        capsys.readouterr()
+        evaluate.main(["--ckpt", str(tmp_path / "run"), "--dataset", name, "--data-root", str(tmp_path)])
+        assert ("may show photographs of refcoco+'s" in capsys.readouterr().err) == said
+
+
 # what stops a run
 
 
