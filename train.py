@@ -249,24 +249,24 @@ RESUMED = {"model", "optimizer", "scaler", "step", "best", "rng", "interval", "s
 @contextmanager
 def explained(args: argparse.Namespace, batch_size: int, process: Process, reading: list[str]):
     """Says in a sentence what stops a run: too little memory for a batch, or a death among the processes that read.
-    `reading`: the objects of the batch that is wanted next, none during validation."""
+    `reading`: the objects of the last batch that was wanted."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
         why = common.first_line(e)
         if why.startswith("DataLoader worker"):  # the signal of its death comes wherever this process is
-            what = f"this batch or one soon after it: {', '.join(reading)}" if reading else "for the validation"
-            raise UserError(f"{why} It was reading {what}. --workers 0 reads in the process that trains, and shows "
-                            "what is wrong.") from None
+            raise UserError(f"{why} It was reading this batch or one soon after it, or for a validation: "
+                            f"{', '.join(reading)}. --workers 0 reads in the process that trains, and shows what is wrong."
+                            ) from None
         if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(
                 said in str(e) for said in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
-            n, parts = batch_size // args.accumulate, args.accumulate + 1
-            n = n // process.world if reading else n  # validation deals out whole parts
+            n, parts = batch_size // args.accumulate // process.world, args.accumulate + 1
             while parts < batch_size and batch_size % (parts * process.world):
                 parts += 1
             less = (f"--accumulate {parts} computes the same batch in smaller parts" if n > 1 else
                     "a smaller --image-size or backbone may do")
-            raise UserError(f"memory is not enough for {n} pictures at a time in each process: {less} ({why})."
+            more = f" ({n * process.world} in validation)" if process.world > 1 else ""
+            raise UserError(f"memory is not enough for {n} pictures at a time in each process{more}: {less} ({why})."
                             ) from None
         raise
 
@@ -419,7 +419,6 @@ def learn(args: argparse.Namespace, c, process: Process, out: Path, stop: common
     def validate() -> bool:
         """Measures the model and keeps it where it is the best so far; False where a signal came before the end."""
         nonlocal best, val
-        reading.clear()
         if process.world > 1:  # without SyncBatchNorm (gloo) each process has statistics of its own
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)

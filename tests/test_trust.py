@@ -378,7 +378,7 @@ def test_a_worker_that_dies_names_the_batch(tmp_path, monkeypatch):
     batches = list(train.micro_batches(80, c, 0, range(6), common.Process(0, 1, torch.device("cpu")), 1))
     wanted = batches[4][2][1]
     monkeypatch.setattr(data.TrainSet, "__getitem__", dies)
-    with pytest.raises(UserError, match="DataLoader worker .* reading this batch .*: shapes/train picture.*--workers 0"):
+    with pytest.raises(UserError, match="DataLoader worker .* reading this batch.*: shapes/train picture.*--workers 0"):
         train.main([*SMALL, "--workers", "1", "--out", str(tmp_path / "run")])
     assert (tmp_path / "run" / "config.json").exists()
 
