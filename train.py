@@ -256,8 +256,8 @@ def explained(args: argparse.Namespace, batch_size: int, process: Process, readi
         why = common.first_line(e)
         if why.startswith("DataLoader worker"):  # the signal of its death comes wherever this process is
             raise UserError(f"{why} It was reading this batch or one soon after it, or for a validation: "
-                            f"{', '.join(reading)}. --workers 0 reads in the process that trains, and shows what is wrong."
-                            ) from None
+                            f"{', '.join(reading)}. --workers 0 reads in the process that trains, and shows what is "
+                            "wrong.") from None
         if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(
                 said in str(e) for said in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
             n, parts = batch_size // args.accumulate // process.world, args.accumulate + 1
