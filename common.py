@@ -774,7 +774,8 @@ def read_checkpoint(path: str, tensors: bool = True) -> tuple[dict, dict[str, Te
         raise UserError(f"{file} is not a whole safetensors file: {str(e)[:200]}") from None
     needed = dict(method=str, config=dict, weights=str, seed=int, frozen=str, dataset=str, data_root=(str, type(None)),
                   sha256=str)
-    if not isinstance(info, dict) or not all(isinstance(info.get(k), kind) for k, kind in needed.items()):
+    if not isinstance(info, dict) or not all(isinstance(info.get(k), kind) for k, kind in needed.items()) \
+            or not 0 <= info["seed"] < 2**31:
         raise UserError(f"{file} was not written by this project's train.py, or by an older one: its metadata lacks "
                         "what a checkpoint says of itself.")
     said = info.pop("sha256")
@@ -787,8 +788,8 @@ def same_shape(name: str, a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape or name.endswith("_extra_state")  # of a tokenizer, say: of any length
 
 
-def load_trained(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
-    """Puts a checkpoint's tensors back; every one that this model trains must be there, and no other."""
+def check_trained(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Raises UserError unless a checkpoint has every tensor that this model trains, and no other."""
     every, names = model.state_dict(), trained_names(model)
     own = {k: every[k] for k in names}
     odd = [k for k in own.keys() ^ state.keys()] + [k for k in own.keys() & state.keys()
@@ -796,6 +797,11 @@ def load_trained(model: nn.Module, state: dict[str, Tensor], where: str) -> None
     if odd:
         raise UserError(f"{where} does not fit the model that is wanted: {len(odd)} tensors differ, such as "
                         f"{sorted(odd)[0]}.")
+
+
+def load_trained(model: nn.Module, state: dict[str, Tensor], where: str) -> None:
+    """Puts a checkpoint's tensors back."""
+    check_trained(model, state, where)
     model.load_state_dict(state, strict=False)
 
 

@@ -378,8 +378,9 @@ class Projector(nn.Module):
         # each sample has its own 3x3 kernel. The nine products first, then their shifted sum (fold mirrors, hence
         # flip): the same convolution, several times faster than one group per sample
         kernel = f_l[:, :-1].reshape(b, d, 9).flip(2).transpose(1, 2)  # (B, 9, dim/2)
-        out = F.fold(kernel @ f_c.flatten(2), (h, w), 3, padding=1)    # (B, 1, 4H, 4W)
-        return out + f_l[:, -1].view(b, 1, 1, 1)
+        with torch.autocast(f_c.device.type, enabled=False):  # 16 bits are too few for logits
+            out = F.fold(kernel.float() @ f_c.float().flatten(2), (h, w), 3, padding=1)  # (B, 1, 4H, 4W)
+            return out + f_l[:, -1].float().view(b, 1, 1, 1)
 
 
 # The model

@@ -60,7 +60,7 @@ def load_run(ckpt: str, weights: str | None, process: Process) -> tuple[torch.nn
         rest = {k: v for k, v in vars(c).items() if k not in ("backbone", "variant")}
         c = method.config(c.backbone, c.variant, info["dataset"], **rest)  # which refuses what cannot be
         with torch.device("meta"):
-            common.load_trained(method.Model(c, "random"), state, "it")
+            common.check_trained(method.Model(c, "random"), state, "it")
     except UserError as e:
         raise UserError(f"{ckpt}: {e}") from None
     except Exception as e:

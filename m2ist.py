@@ -488,7 +488,8 @@ class M2IST(nn.Module):
             x = x + pos
         for layer in self.vl_encoder:
             x = layer(x, pos, pad)
-        boxes = self.head(x[:, 0]).sigmoid()                     # (B, 4)
+        with torch.autocast(x.device.type, enabled=False):       # 16 bits are too few for coordinates
+            boxes = self.head(x[:, 0].float()).sigmoid()         # (B, 4)
         if self.training and self.c.token_loss:
             marks = x[:, -vision.pad.shape[1]:] @ x[:, 0, :, None] / self.c.vl_dim ** 0.5  # (B, N, 1)
             return torch.cat([boxes, marks[..., 0]], 1)          # (B, 4 + N)

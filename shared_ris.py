@@ -376,7 +376,8 @@ class SharedMaskDecoder(nn.Module):
         f = z[:, 1:n].transpose(1, 2).unflatten(2, (grid, grid))  # (B, d_w, S/p, S/p)  F_0
         f = self.conv(f)                                         # (B, d_w, H, W)  Eq. 10
         t_cls = self.mlp(z[:, n])                                # (B, d_w)
-        return (t_cls[:, None] @ f.flatten(2)).unflatten(2, f.shape[2:])  # Eq. 11
+        with torch.autocast(f.device.type, enabled=False):       # 16 bits are too few for logits
+            return (t_cls[:, None].float() @ f.float().flatten(2)).unflatten(2, f.shape[2:])  # Eq. 11
 
 
 # The model

@@ -137,6 +137,21 @@ def test_a_signal_during_validation(tmp_path, monkeypatch):
     assert same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_answers_of_mixed_precision_are_not_in_16_bits(method):
+    """Inside, products have 16 bits; logits and boxes, which are sums over many channels, have 32."""
+    module = evaluate.load_method(method)
+    model = module.Model(module.config("tiny", tune="full")).eval()
+    images = torch.randn(2, 4 if model.preprocess.pad_channel else 3, *[model.preprocess.size] * 2)
+    tokens = model.tokenize(["the red circle", "left"])
+    with torch.no_grad():
+        plain = model(images, tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = model(images, tokens)
+    assert mixed.dtype == torch.float32 and not torch.equal(mixed, mixed.bfloat16().float())
+    assert (mixed - plain).norm() < 0.1 * plain.norm()
+
+
 # nothing saved is lost
 
 
