@@ -37,7 +37,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -261,6 +261,12 @@ def beit3_state(state: dict[str, Tensor], path: str, grid: int) -> dict[str, Ten
 
 
 # Blocks that no paper claims
+
+
+def in_full_precision(x: Tensor):
+    """A context without AMP on x's device: 16 bits are too few for logits and coordinates."""
+    known = torch.amp.is_autocast_available(x.device.type)
+    return torch.autocast(x.device.type, enabled=False) if known else nullcontext()
 
 
 def sine_1d(n: int, dim: int, like: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from common import (Preprocess, UserError, check_config, clip_state, clip_tokens, dice_loss, dinov2_state, fetch,
-                    load_exactly, read_weights, sine_1d, sine_2d)
+                    in_full_precision, load_exactly, read_weights, sine_1d, sine_2d)
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -378,7 +378,7 @@ class Projector(nn.Module):
         # each sample has its own 3x3 kernel. The nine products first, then their shifted sum (fold mirrors, hence
         # flip): the same convolution, several times faster than one group per sample
         kernel = f_l[:, :-1].reshape(b, d, 9).flip(2).transpose(1, 2)  # (B, 9, dim/2)
-        with torch.autocast(f_c.device.type, enabled=False):  # 16 bits are too few for logits
+        with in_full_precision(f_c):
             out = F.fold(kernel.float() @ f_c.float().flatten(2), (h, w), 3, padding=1)  # (B, 1, 4H, 4W)
             return out + f_l[:, -1].float().view(b, 1, 1, 1)
 

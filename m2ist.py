@@ -56,7 +56,8 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou_
 from transformers import BertConfig, BertModel
 
 from common import (CLS, LONGEST_WORDPIECE, SEP, Preprocess, UserError, bert_state, bert_vocabulary, bert_wordpieces,
-                    check_config, detr_state, dice_loss, fetch, load_exactly, read_weights, sha256)
+                    check_config, detr_state, dice_loss, fetch, in_full_precision, load_exactly, read_weights,
+                    sha256)
 
 BACKBONES = {  # Sec. III-A
     "detr-resnet-50": dict(
@@ -488,7 +489,7 @@ class M2IST(nn.Module):
             x = x + pos
         for layer in self.vl_encoder:
             x = layer(x, pos, pad)
-        with torch.autocast(x.device.type, enabled=False):       # 16 bits are too few for coordinates
+        with in_full_precision(x):
             boxes = self.head(x[:, 0].float()).sigmoid()         # (B, 4)
         if self.training and self.c.token_loss:
             marks = x[:, -vision.pad.shape[1]:] @ x[:, 0, :, None] / self.c.vl_dim ** 0.5  # (B, N, 1)

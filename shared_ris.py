@@ -52,7 +52,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import (PAD, Preprocess, SentencePieces, UserError, beit3_state, check_config, dice_loss, download,
-                    load_exactly, read_weights)
+                    in_full_precision, load_exactly, read_weights)
 
 BACKBONES = {  # Sec. IV-A; std: linear layers start as a normal distribution cut at one std, as in BEiT-3
     "beit3-base": dict(layers=12, dim=768, heads=12, ffn=3072, patch=16, rows=64010, words=1022, std=0.02),
@@ -376,7 +376,7 @@ class SharedMaskDecoder(nn.Module):
         f = z[:, 1:n].transpose(1, 2).unflatten(2, (grid, grid))  # (B, d_w, S/p, S/p)  F_0
         f = self.conv(f)                                         # (B, d_w, H, W)  Eq. 10
         t_cls = self.mlp(z[:, n])                                # (B, d_w)
-        with torch.autocast(f.device.type, enabled=False):       # 16 bits are too few for logits
+        with in_full_precision(f):
             return (t_cls[:, None].float() @ f.float().flatten(2)).unflatten(2, f.shape[2:])  # Eq. 11
 
 

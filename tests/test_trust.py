@@ -161,10 +161,11 @@ def digests(folder):
 
 def test_a_run_that_is_killed_goes_on(tmp_path):
     """kill -9 at random moments of a run that saves after every step, then --resume, as often as it takes."""
-    flags = [*SMALL, "--steps", "30", "--val-every", "1", "--batch-size", "2", "--log-every", "7"]
     chance, steps, moments = random.Random(0), [], int(os.environ.get("KILLS", "3"))
+    last = 30 if moments > 3 else 12
+    flags = [*SMALL, "--steps", last, "--val-every", "1", "--batch-size", "2", "--log-every", "7"]
     for n in range(moments):
-        process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", tmp_path / "run", "--resume"], cwd=ROOT,
+        process = subprocess.Popen([sys.executable, "train.py", *map(str, flags), "--out", tmp_path / "run", "--resume"], cwd=ROOT,
                                    stderr=subprocess.PIPE, text=True)
         until = time.time() + (chance.uniform(1, 9) if n % 3 == 0 else 60)  # any time, also while it starts
         savings, seen, before = chance.randrange(1, 5), len(steps) and steps[-1], set()
@@ -181,7 +182,7 @@ def test_a_run_that_is_killed_goes_on(tmp_path):
             assert steps[-1] >= seen
             common.read_checkpoint(str(tmp_path / "run"))  # whole
     command("train.py", *flags, "--out", tmp_path / "run", "--resume", check=0)
-    assert train.load_resume(tmp_path / "run" / "resume.pt")["step"] == 30
+    assert train.load_resume(tmp_path / "run" / "resume.pt")["step"] == last
     assert not list((tmp_path / "run").glob(".*.*.*"))  # what the killed ones left is gone
     if moments > 3:
         print("killed at steps", steps)
@@ -208,7 +209,7 @@ def test_a_full_disk_leaves_what_was_saved(tmp_path):
         StopAt.calls, StopAt.at = 0, 0  # stopped after the first step
         train.main([*SMALL, "--out", str(out)])
     before = digests(out)
-    for limit in 1000, 1_000_000, 6_000_000, 12_000_000:  # bytes that a file may have: the log, resume.pt
+    for limit in 1000, 6_000_000:  # bytes that a file may have: too few for the log, or in the middle of resume.pt
         result = command("train.py", *SMALL, "--out", out, "--resume",
                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
         assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
