@@ -45,6 +45,36 @@ def two_steps(model, images, tokens, target):
     return before, frozen
 
 
+def attention(sd, name, q, k, heads, pad=None, v=None):
+    """Multi-head attention written out, from a state dict."""
+    w, b = sd[name + ".in_proj_weight"].chunk(3), sd[name + ".in_proj_bias"].chunk(3)
+    q, k, v = (x @ w[i].T + b[i] for i, x in enumerate((q, k, k if v is None else v)))
+    d = q.shape[2] // heads
+    out = torch.empty_like(q)
+    for h in range(heads):
+        s = slice(h * d, (h + 1) * d)
+        score = q[..., s] @ k[..., s].transpose(1, 2) / d**0.5
+        if pad is not None:
+            score = score.masked_fill(pad[:, None], -torch.inf)
+        out[..., s] = score.softmax(-1) @ v[..., s]
+    return out @ sd[name + ".out_proj.weight"].T + sd[name + ".out_proj.bias"]
+
+
+def linear(sd, name, x):
+    return x @ sd[name + ".weight"].T + sd[name + ".bias"]
+
+
+def norm(sd, name, x):
+    return F.layer_norm(x, x.shape[-1:], sd[name + ".weight"], sd[name + ".bias"])
+
+
+def shuffle(module):
+    """Other values for every parameter and statistic, so that none is hidden by a start at 0 or 1."""
+    for name, t in module.state_dict().items():
+        if t.is_floating_point():
+            t.uniform_(0.5, 1.5) if "running_var" in name else t.normal_(std=0.2)
+
+
 def test_metrics_by_hand():
     # IoU 1, 0.5, 0.25, 0 and two empty masks
     rows = [(10, 10), (5, 10), (25, 100), (0, 7), (0, 0)]

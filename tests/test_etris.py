@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import data
 import etris
 from common import UserError, count, fingerprint, saved_bytes, trained_names, trained_state
-from tests.test_common import save_as_openai, two_steps
+from tests.test_common import attention, linear, norm, save_as_openai, shuffle, two_steps
 
 SENTENCES = ["the small red circle on the left", "square"]
 TINY = "tiny", "tiny-vit"
@@ -238,29 +238,6 @@ def test_full_tuning_reaches_every_parameter(backbone, flags):
 # the Bridger
 
 
-def attention(sd, name, q, k, heads, pad=None, v=None):
-    """Multi-head attention written out, from a state dict."""
-    w, b = sd[name + ".in_proj_weight"].chunk(3), sd[name + ".in_proj_bias"].chunk(3)
-    q, k, v = (x @ w[i].T + b[i] for i, x in enumerate((q, k, k if v is None else v)))
-    d = q.shape[2] // heads
-    out = torch.empty_like(q)
-    for h in range(heads):
-        s = slice(h * d, (h + 1) * d)
-        score = q[..., s] @ k[..., s].transpose(1, 2) / d**0.5
-        if pad is not None:
-            score = score.masked_fill(pad[:, None], -torch.inf)
-        out[..., s] = score.softmax(-1) @ v[..., s]
-    return out @ sd[name + ".out_proj.weight"].T + sd[name + ".out_proj.bias"]
-
-
-def linear(sd, name, x):
-    return x @ sd[name + ".weight"].T + sd[name + ".bias"]
-
-
-def norm(sd, name, x):
-    return F.layer_norm(x, x.shape[-1:], sd[name + ".weight"], sd[name + ".bias"])
-
-
 def batch_norm(sd, name, x):
     return F.batch_norm(x, *(sd[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias")))
 
@@ -307,13 +284,6 @@ def independent_bridgers(model, variant, features, words, pad):
         f_v = zoom(sd, "zoom_out", v2, model.resnet, variant, up=i != 2, middle=i == 1)
         results.append((f_v, linear(sd, "linear2", t2)))
     return results
-
-
-def shuffle(module):
-    """Other values for every parameter and statistic, so that none is hidden by a start at 0 or 1."""
-    for name, t in module.state_dict().items():
-        if t.is_floating_point():
-            t.uniform_(0.5, 1.5) if "running_var" in name else t.normal_(std=0.2)
 
 
 @pytest.mark.parametrize("backbone, variant", BOTH)

@@ -16,7 +16,7 @@ import evaluate
 import shared_ris
 import train
 from common import PAD, UserError, count, fingerprint, saved_bytes, trained_names, trained_state
-from tests.test_common import two_steps
+from tests.test_common import attention, linear, norm, shuffle, two_steps
 from tests.test_data import make_refer
 
 SENTENCES = ["the small red circle on the left", "square"]
@@ -36,13 +36,6 @@ def inputs(model, n=2, seed=0):
     g, s = torch.Generator().manual_seed(seed), model.preprocess.size
     images = torch.randn(n, 3, s, s, generator=g)
     return images, model.tokenize((SENTENCES * n)[:n]), (torch.rand(n, s, s, generator=g) > 0.7).float()
-
-
-def shuffle(module):
-    """Other values for every parameter and statistic, so that none is hidden by a start at 0 or 1."""
-    for name, t in module.state_dict().items():
-        if t.is_floating_point():
-            t.uniform_(0.5, 1.5) if "running_var" in name else t.normal_(std=0.2)
 
 
 # sizes
@@ -473,29 +466,6 @@ def test_without_sentencepiece_one_sentence_says_what_to_install(monkeypatch, fi
 
 
 # the head
-
-
-def attention(sd, name, q, k, heads, pad=None):
-    """Multi-head attention written out, from a state dict."""
-    w, b = sd[name + ".in_proj_weight"].chunk(3), sd[name + ".in_proj_bias"].chunk(3)
-    q, k, v = (x @ w[i].T + b[i] for i, x in enumerate((q, k, k)))
-    d = q.shape[2] // heads
-    out = torch.empty_like(q)
-    for h in range(heads):
-        s = slice(h * d, (h + 1) * d)
-        score = q[..., s] @ k[..., s].transpose(1, 2) / d**0.5
-        if pad is not None:
-            score = score.masked_fill(pad[:, None], -torch.inf)
-        out[..., s] = score.softmax(-1) @ v[..., s]
-    return linear(sd, name + ".out_proj", out)
-
-
-def linear(sd, name, x):
-    return x @ sd[name + ".weight"].T + sd[name + ".bias"]
-
-
-def norm(sd, name, x):
-    return F.layer_norm(x, x.shape[-1:], sd[name + ".weight"], sd[name + ".bias"])
 
 
 def enhancer(sd, at, v, t, pad, heads):
