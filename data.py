@@ -111,15 +111,15 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path} cannot be read: it is no file.")
         with Image.open(path, formats=FORMATS) as picture:
+            other = size and UserError(f"{path} has {picture.size[0]} x {picture.size[1]} pixels, its annotations are "
+                                       f"for {size[1]} x {size[0]}.")
             if size is not None and sorted(picture.size) != sorted(size):  # before anything large is decoded
-                raise UserError(f"{path} has {picture.size[0]} x {picture.size[1]} pixels, its annotations are for "
-                                f"{size[1]} x {size[0]}.")
+                raise other
             picture.load()
             upright = ImageOps.exif_transpose(picture)
             if size is not None and upright.size[::-1] != tuple(size):
                 if picture.size[::-1] != tuple(size):
-                    raise UserError(f"{path} has {picture.size[0]} x {picture.size[1]} pixels, its annotations are for "
-                                    f"{size[1]} x {size[0]}.")
+                    raise other
                 upright = picture
             return to_rgb(upright)
     except FileNotFoundError:
@@ -701,9 +701,7 @@ class Refer:
         self.image_folder = next((p for p in tried if p.is_dir()), None)
         if self.image_folder is None:
             raise UserError(f"{name}: no folder of photographs; looked for {', '.join(map(str, tried))}.")
-        every = build_index(name, self.files)
-        self.entries = [e for e in every if e["split"] == split]
-        self.others = [e for e in every if e["split"] != split]
+        self.entries = [e for e in build_index(name, self.files) if e["split"] == split]
         if not self.entries:
             raise UserError(f"{self.files[0]} has no object in the split {split!r}.")
         for e in self.entries:
@@ -775,7 +773,7 @@ class Mixed:
         parts = [Refer(name, split, data_root) for name in MIXED]
         self.where = [(part, i) for part in parts for i in range(len(part))]  # of object i: data set and number there
         if split == "train":
-            held = [e for part in parts for e in part.others]
+            held = [e for part in parts for e in build_index(part.name, part.files) if e["split"] != "train"]
             for e in held:
                 if "wrong" in e:  # what it shows is not known, so neither is what must be left out
                     raise UserError(e["wrong"])
@@ -927,7 +925,7 @@ def build_index(name: str, files: list[Path]) -> list[dict]:
             return saved["entries"]
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours to trust: it is made anew
-    entries = index_entries(name, files)
+    entries = index_entries(*read_annotations(name, files), files)
     with suppress(UserError):  # a cache that cannot be written costs seconds, nothing else
         with writing(cache) as temporary:
             temporary.write_text(json.dumps(dict(stamp=stamp, entries=entries)))
@@ -970,9 +968,8 @@ def read_parquet(files: list[Path], splits: tuple[str, ...]) -> tuple[list[dict]
     return refs, list(annotations.values()), list(images.values())
 
 
-def index_entries(name: str, files: list[Path]) -> list[dict]:
+def index_entries(refs: list[dict], annotations: list[dict], images: list[dict], files: list[Path]) -> list[dict]:
     """Joins refs, annotations and photographs, and checks each."""
-    refs, annotations, images = read_annotations(name, files)
     annotations, images = ({i["id"]: i for i in items} for items in (annotations, images))
     refs_file, instances_file, entries = files[0], files[-1], []
     for n, ref in enumerate(refs):
@@ -1044,7 +1041,7 @@ def check_dataset(name: str, root: Path, pictures: dict[Path, str]) -> dict:
                               ("annotation id", "id", annotations), ("image id", "id", images)):
         twice = [k for k, n in Counter(t[key] for t in things if is_id(t.get(key))).items() if n > 1]
         problems += [f"{what} {k} is there more than once" for k in twice]
-    entries = index_entries(name, files)
+    entries = index_entries(refs, annotations, images, files)
     problems += [e["wrong"] for e in entries if "wrong" in e]
     entries = [e for e in entries if "wrong" not in e]
     areas = {a["id"]: (a.get("area"), a.get("bbox")) for a in annotations}
