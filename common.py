@@ -305,13 +305,17 @@ def bert_vocabulary(path: str, size: int) -> Tensor:
     return torch.frombuffer(bytearray(padded), dtype=torch.uint8).view(size, LONGEST_WORDPIECE)
 
 
-def bert_wordpieces(vocabulary: Tensor) -> Callable[[list[str]], list[list[int]]]:
-    """Sentences -> ids of lower-case wordpieces. With a vocabulary of zeros each word has its checksum for a number,
+def numbered_words(sentence: str, first: int, n: int) -> list[int]:
+    """For want of a vocabulary: each lower-case word and sign has its checksum for a number, in first .. first + n - 1,
     which is enough to learn from."""
+    return [first + zlib.crc32(w.encode()) % n for w in re.findall(r"\w+|[^\w\s]", sentence.lower())]
+
+
+def bert_wordpieces(vocabulary: Tensor) -> Callable[[list[str]], list[list[int]]]:
+    """Sentences -> ids of lower-case wordpieces; of numbered_words, with a vocabulary of zeros."""
     first, n = SEP + 2, len(vocabulary)
     if not vocabulary.any():
-        return lambda sentences: [[first + zlib.crc32(w.encode()) % (n - first)
-                                   for w in re.findall(r"\w+|[^\w\s]", s.lower())] for s in sentences]
+        return lambda sentences: [numbered_words(s, first, n - first) for s in sentences]
     from tokenizers import BertWordPieceTokenizer  # transformers needs it too
 
     words = [bytes(row).rstrip(b"\0").decode() for row in vocabulary.cpu().numpy()]
@@ -326,8 +330,7 @@ class SentencePieces(nn.Module):
     """BEiT-3's tokenizer for a table of `rows` embeddings. Its model, the file beit3.spm, is a part of the state dict,
     so that it travels with the weights.
 
-    Without a file each word has its checksum for a number, which is enough to learn from. Raises UserError for a file
-    that is missing, broken or another model's.
+    Without a file it gives numbered_words. Raises UserError for a file that is missing, broken or another model's.
     """
 
     def __init__(self, path: str, rows: int):
@@ -367,8 +370,7 @@ class SentencePieces(nn.Module):
         if self.processor:
             ids = [[i + 1 if i else 3 for i in row] for row in self.processor.encode(sentences)]
         else:  # the first four rows and the last nine are no words
-            ids = [[4 + zlib.crc32(w.encode()) % (self.rows - 13) for w in re.findall(r"\w+|[^\w\s]", s.lower())]
-                   for s in sentences]
+            ids = [numbered_words(s, 4, self.rows - 13) for s in sentences]
         ids = [torch.tensor([0, *row[:length - 2], 2]) for row in ids]
         return nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=PAD)
 
@@ -602,14 +604,19 @@ def intersection_union(prediction: Tensor, truth: Tensor) -> tuple[int, int]:
     return int((prediction & truth).sum()), int((prediction | truth).sum())
 
 
+def mask_ious(rows: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(intersection, union) of each expression in pixels -> intersections, unions, IoUs. Two empty masks have IoU 1."""
+    i, u = np.array(rows, dtype=np.float64).reshape(-1, 2).T
+    return i, u, np.where(u > 0, i / np.maximum(u, 1), 1.0)
+
+
 def mask_metrics(rows: list[tuple[int, int]]) -> dict[str, float]:
     """Percentages over expressions, each an (intersection, union) in pixels.
 
     oIoU (cIoU): sum of intersections / sum of unions. mIoU: mean of IoUs. Pr@X: share with IoU > X, strictly. Two
     empty masks have IoU 1.
     """
-    i, u = np.array(rows, dtype=np.float64).reshape(-1, 2).T
-    iou = np.where(u > 0, i / np.maximum(u, 1), 1.0)
+    i, u, iou = mask_ious(rows)
     metrics = dict(n=len(rows), oIoU=i.sum() / max(u.sum(), 1), mIoU=iou.mean() if len(rows) else 0.0)
     metrics |= {f"Pr@{x / 10}": (iou > x / 10).mean() if len(rows) else 0.0 for x in range(5, 10)}
     return percentages(metrics)
@@ -644,8 +651,7 @@ def interval(parts: np.ndarray, wholes: np.ndarray, pictures: list, resamples: i
 
 def mask_intervals(rows: list[tuple[int, int]], pictures: list) -> dict[str, list[float]]:
     """Of mask_metrics; `pictures`: of each row."""
-    i, u = np.array(rows, dtype=np.float64).reshape(-1, 2).T
-    iou = np.where(u > 0, i / np.maximum(u, 1), 1.0)
+    i, u, iou = mask_ious(rows)
     return {"oIoU_95": interval(i, u, pictures), "mIoU_95": interval(iou, np.ones(len(iou)), pictures)}
 
 
