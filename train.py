@@ -23,7 +23,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -119,22 +119,19 @@ def quiet_worker(_: int) -> None:
 
 
 def find_run(args: argparse.Namespace) -> Path:
-    """The run folder to make or to resume. Raises UserError where it holds a run, or none."""
+    """The run folder to make or to resume: without --out the next one of its kind, or the last."""
     out, base = Path(args.out or f"runs/{args.method}-{args.dataset}"), 2
     while args.out is None and (out / "config.json").exists():
         following = Path(f"runs/{args.method}-{args.dataset}-{base}")
         if args.resume and not (following / "config.json").exists():
             break  # the last one
         out, base = following, base + 1
-    there = (out / "config.json").exists()
-    if there and not args.resume:
-        raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
     return out
 
 
-def lock(out: Path):
+def lock(out: Path, resume: bool = False):
     """The run folder for this command alone, as long as it runs; what an earlier one was killed over is removed. Raises
-    UserError where another has it. -> a file that must stay open"""
+    UserError where another has it, or, without `resume`, where it holds a run. -> a file that must stay open"""
     import fcntl
 
     try:
@@ -149,6 +146,8 @@ def lock(out: Path):
                         ) from None
     except OSError:  # a file system without locks
         print(f"{out} cannot be locked, so nothing keeps a second command out of it", file=sys.stderr)
+    if (out / "config.json").exists() and not resume:
+        raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
     for name in "config.json", "log.jsonl", "model.safetensors", "resume.pt", "metrics.json":
         for leftover in out.glob(f".{name}.*"):
             leftover.unlink(missing_ok=True)
@@ -158,8 +157,6 @@ def lock(out: Path):
 def open_run(args: argparse.Namespace, out: Path, settings: dict) -> None:
     """Writes what the run is, or compares it with what the run to resume was."""
     config = out / "config.json"
-    if config.exists() and not args.resume:
-        raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
     if not config.exists():
         common.write_json(config, settings)
     else:
@@ -288,12 +285,16 @@ def main(argv: list[str] | None = None) -> int:
     stop = common.StopSignal()
     out, locks = process.first_alone(lambda: find_run(args)), []
     try:
-        process.first_alone(lambda: locks.append(lock(out)) or None)
+        process.first_alone(lambda: locks.append(lock(out, args.resume)))
         reading: list[str] = []
         with explained(args, c.batch_size, process, reading):
             return learn(args, c, process, out, stop, reading)
     finally:
         for file in locks:
+            with suppress(OSError):  # a command that was refused leaves no folder behind
+                if os.listdir(out) == [".lock"]:
+                    os.remove(out / ".lock")
+                    out.rmdir()
             file.close()
 
 

@@ -90,23 +90,27 @@ def test_three_processes_and_one(tmp_path):
 
 
 class StopAt(common.StopSignal):
-    """As if a signal came when so many calls were counted."""
+    """As if a signal came when so many calls were counted, of what `count` names."""
 
     calls, at, number = 0, 0, property(lambda self: signal.SIGTERM if StopAt.calls >= StopAt.at else 0, lambda s, n: None)
+
+    @classmethod
+    def count(cls, monkeypatch, module, name):
+        function = getattr(module, name)
+
+        def counted(*args):
+            cls.calls += 1
+            return function(*args)
+
+        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(common, "StopSignal", cls)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_is_cut_five_times_is_the_unbroken_one(tmp_path, monkeypatch, method):
     flags = ["--method", method, *QUICK, "--steps", "12", "--val-every", "4"]
     train.main([*flags, "--out", str(tmp_path / "whole")])
-    monkeypatch.setattr(common, "StopSignal", StopAt)
-    rate = train.learning_rate
-
-    def counted(*args):
-        StopAt.calls += 1
-        return rate(*args)
-
-    monkeypatch.setattr(train, "learning_rate", counted)
+    StopAt.count(monkeypatch, train, "learning_rate")
     cuts = sorted(random.Random(method).sample(range(1, 12), 5))
     for done, cut in zip([0, *cuts], cuts):
         StopAt.calls, StopAt.at = 0, cut - done
@@ -120,14 +124,7 @@ def test_a_run_that_is_cut_five_times_is_the_unbroken_one(tmp_path, monkeypatch,
 def test_a_signal_during_validation(tmp_path, monkeypatch):
     """It is left at once, and made up for after --resume."""
     train.main([*SMALL, "--out", str(tmp_path / "whole")])
-    monkeypatch.setattr(common, "StopSignal", StopAt)
-    count = common.intersection_union
-
-    def counted(*args):
-        StopAt.calls += 1
-        return count(*args)
-
-    monkeypatch.setattr(common, "intersection_union", counted)
+    StopAt.count(monkeypatch, common, "intersection_union")
     for at in 5, 3, 10, 1000:  # of 12 sentences; the second resumed run is stopped in the same validation again
         StopAt.calls, StopAt.at = 0, at
         code = train.main([*SMALL, "--out", str(tmp_path / "cut"), "--resume"])
@@ -240,6 +237,12 @@ def test_a_run_folder_in_use(tmp_path):
     train.main([*SMALL, "--out", str(tmp_path / "run")])
     with pytest.raises(UserError, match="holds a run already"):
         train.main([*SMALL, "--out", str(tmp_path / "run")])
+
+
+def test_a_refused_command_leaves_no_folder_behind(tmp_path):
+    with pytest.raises(UserError, match="--data-root DATA"):
+        train.main([*SMALL, "--dataset", "refcoco", "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_lost_resume_file_costs_no_model(tmp_path):
