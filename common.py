@@ -7,6 +7,7 @@ What train.py and evaluate.py ask of a method file, whichever it is:
 
     BACKBONES, VARIANTS, TUNES   the names that --backbone, --variant and --tune take; the first is the default
     Config, config(backbone, variant, dataset, **flags)   every setting, and the ones that fit these names
+    TABLES                       the paper's tables by number, each row a configuration, its printed sizes and figures
     Model(config, weights)       an nn.Module with
         .task                    "mask" or "box", its answer
         .preprocess              the Preprocess it wants for its pictures
@@ -15,6 +16,7 @@ What train.py and evaluate.py ask of a method file, whichever it is:
                                  or boxes (B, 4): centre x, centre y, width, height, in sides of the canvas
         .loss(output, target)    and masks (B, S, S) in 0..1, or boxes (B, 4) likewise -> scalar
         .parts()                 {"backbone" | "adapter" | "head": [modules]}, what is counted under each name
+        .baseline                what --tune lora and the like added, [modules] (see add_baseline)
     and where pictures are read without the sentence
         .image_features(images)  what forward takes in their place; .repeat(n) is the same for n sentences
         .features_key            a name for these features beside the frozen weights, "" where training changes them
@@ -29,6 +31,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -39,7 +42,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import MISSING, dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +81,28 @@ class Preprocess:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     pad_channel: bool = False
     augment: bool = False
+
+
+class Row(typing.NamedTuple):
+    """A row of a paper's table that describes a configuration.
+
+    `flags`: those of train.py that make it, `method`, `backbone`, `variant` and `dataset` among them; `printed`: the
+    sizes that the paper prints, as it prints them (see sizes); `quoted`: the figures in its other columns, measured by
+    its authors, None where our copy of the paper has none; `note`: why ours are not the printed sizes, or the row not
+    quite the paper's.
+    """
+
+    name: str
+    flags: dict
+    printed: dict[str, str]
+    quoted: tuple[float | None, ...] = ()
+    note: str = ""
+
+
+class Table(typing.NamedTuple):
+    columns: tuple[str, ...]  # of Row.quoted
+    rows: list[Row]
+    dataset: str = "refcoco"
 
 
 # Weights
@@ -243,6 +268,27 @@ def detr_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 
+def load_dinov2_and_clip(vision: nn.Module, text: nn.Module, weights: str, hub: str, what: str) -> None:
+    """DINOv2 with registers, and the text half of CLIP ViT-B/16: "pretrained" (the hub's cache, or downloaded) or two
+    files with a comma between, in any order. Raises UserError for anything else."""
+    files, loaded = weights.split(","), set()
+    if weights == "pretrained":
+        files = [fetch(hub, "model.safetensors"),
+                 fetch("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors")]
+    for file in files:
+        state = read_weights(file)
+        if "token_embedding.weight" in state:
+            state = {k: v for k, v in clip_state(state).items() if not k.startswith("visual.")}
+            load_exactly(text, state, file, "the text half of CLIP ViT-B/16")
+            loaded.add("CLIP")
+        else:
+            load_exactly(vision, dinov2_state(state, vision), file, f"{what} (DINOv2 with registers)")
+            loaded.add("DINOv2")
+    if len(loaded) < 2 or len(files) > 2:
+        raise UserError(f"--weights {weights}: two files are needed, one of DINOv2 with registers and one of CLIP "
+                        f"ViT-B/16, with a comma between; found {' and '.join(sorted(loaded))}.")
+
+
 def beit3_state(state: dict[str, Tensor], path: str, grid: int) -> dict[str, Tensor]:
     """BEiT-3's weights without its heads, as shared_ris.BEiT3 names them, with positions for grid x grid patches."""
     heads = re.compile(r"(mlm_head|mim_head|language_head|vision_head)\.|logit_scale$")
@@ -394,6 +440,198 @@ def clip_tokens(sentences: list[str], length: int, rows: int = 49408) -> Tensor:
     return tokens
 
 
+# Baselines: what the papers compare with, put into towers that are else frozen
+
+BASELINES = {  # --tune: the default of --baseline-dims, for pictures and words
+    "adapter": (64, 64),       # widths of bottlenecks
+    "adaptformer": (64, 64),
+    "conv-adapter": (64, 0),
+    "compacter": (1, 1),       # ranks
+    "lora": (16, 16),
+    "coop": (0, 8),            # prompts
+    "bitfit": (),
+}
+COMBINED = tuple(f"method+{name}" for name in BASELINES)  # beside a method's own adapters
+
+
+def baseline_of(tune: str) -> str:
+    """The name of the baseline in a --tune, or ""."""
+    name = tune.removeprefix("method+")
+    return name if name in BASELINES else ""
+
+
+def baseline_dims(tune: str, tiny: bool, **own: tuple[int, int]) -> tuple[int, ...]:
+    """The default of --baseline-dims, in which a method may have its `own`."""
+    name = baseline_of(tune)
+    dims = BASELINES.get(name, ())
+    if tiny:
+        return tuple(-(-d // 4) for d in dims) if name != "coop" else dims
+    return own.get(name.replace("-", "_"), dims)
+
+
+def prompts(c) -> int:
+    """How many prompts stand before the words (CoOp)."""
+    return c.baseline_dims[1] if baseline_of(c.tune) == "coop" else 0
+
+
+def prompted(tokens: Tensor, c) -> Tensor:
+    """(B, L) -> (B, n + L): room for the prompts, behind the start token, which stands there n times."""
+    return torch.cat([tokens[:, :1].expand(-1, prompts(c)), tokens], 1)
+
+
+def named(module: nn.Module) -> dict[str, nn.Module]:
+    return dict(module.named_modules())
+
+
+def add_baseline(c, vision: dict[str, nn.Module], text: dict[str, nn.Module], words: nn.Embedding) -> list[nn.Module]:
+    """Puts the baseline of c.tune into towers, given as their modules by name; `words` embeds tokens. -> what is new.
+
+    The new modules are children of those they change, called through forward hooks, and LoRA's are parametrizations:
+    a method's own code stays as it is. All start as nothing, but for CoOp's prompts.
+    """
+    name, added = baseline_of(c.tune), []
+    if name == "coop":
+        added.append(CoOp(words, prompts(c)))
+    elif name == "bitfit":  # Ben Zaken et al. 2022: the biases are trained, and nothing is added
+        for m in [*vision.values(), *text.values()]:
+            for kind, p in m.named_parameters(recurse=False):
+                p.requires_grad_(p.requires_grad or kind.endswith("bias"))
+    elif name:
+        add = add_lora if name == "lora" else partial(add_bottlenecks, name)
+        for modules, dim in zip((vision, text), c.baseline_dims):
+            added += add(modules, dim) if dim else []
+    return added
+
+
+class CoOp(nn.Module):
+    """Zhou et al. 2022, Eq. 2: learnt vectors in the place of the embeddings of the tokens behind the first."""
+
+    def __init__(self, words: nn.Embedding, n: int):
+        super().__init__()
+        self.vectors = nn.Parameter(torch.randn(n, words.embedding_dim) * 0.02)
+        words.add_module("baseline", self)
+        words.register_forward_hook(lambda m, args, x: m.baseline(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n + L, C), n of which prompted() made room for"""
+        rest = x[:, 1 + len(self.vectors):]
+        return torch.cat([x[:, :1], self.vectors.expand(len(x), -1, -1).to(x.dtype), rest], 1)
+
+
+class LoRA(nn.Module):
+    """Hu et al. 2021, Eq. 3: W + B A for each block of W's rows that `parts` says."""
+
+    def __init__(self, weight: Tensor, rank: int, parts: tuple[bool, ...]):
+        super().__init__()
+        self.parts, rows = parts, weight.shape[0] // len(parts)
+        self.a = nn.Parameter(torch.empty(sum(parts), rank, weight.shape[1]))
+        self.b = nn.Parameter(torch.zeros(sum(parts), rows, rank))
+        nn.init.kaiming_uniform_(self.a, a=5**0.5)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """(P * D, D') -> (P * D, D')"""
+        low = iter(self.b @ self.a)                              # (D, D') of each block that learns
+        return weight + torch.cat([next(low) if part else torch.zeros_like(rows)
+                                   for part, rows in zip(self.parts, weight.chunk(len(self.parts)))])
+
+
+def add_lora(modules: dict[str, nn.Module], rank: int) -> list[LoRA]:
+    """To the queries and values of every attention. W + B A is made at each use, and kept for backward."""
+    added = []
+    for name, m in modules.items():
+        if isinstance(m, nn.MultiheadAttention):  # queries, keys and values in one matrix
+            tensor, parts = "in_proj_weight", (True, False, True)
+        elif isinstance(m, nn.Linear) and name.rsplit(".", 1)[-1] in ("q_proj", "v_proj", "query", "value"):
+            tensor, parts = "weight", (True,)
+        else:
+            continue
+        added.append(LoRA(getattr(m, tensor), rank, parts))
+        nn.utils.parametrize.register_parametrization(m, tensor, added[-1])
+    return added
+
+
+class PHMLinear(nn.Module):
+    """Compacter (Karimi Mahabadi et al. 2021): W is a sum of n Kronecker products, each of a small matrix, which all
+    layers share, with one of a low rank. (..., D) -> (..., D')
+
+    `sharing`: the layers that share; the first of them keeps the small matrices.
+    """
+
+    def __init__(self, width_in: int, width_out: int, rank: int, sharing: list[PHMLinear], n: int = 4):
+        super().__init__()
+        sharing.append(self)
+        self.first = (sharing[0],)  # in a tuple, so as not to be a child
+        if sharing[0] is self:
+            self.rule = nn.Parameter(torch.randn(n, n, n) * n**-0.5)
+        self.s = nn.Parameter(torch.randn(n, width_in // n, rank) * (2 / width_in) ** 0.5)
+        self.t = nn.Parameter(torch.randn(n, rank, width_out // n) * rank**-0.5)
+        self.bias = nn.Parameter(torch.zeros(width_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        w = torch.einsum("nab,nir,nro->aibo", self.first[0].rule, self.s, self.t)
+        return x @ w.flatten(2).flatten(0, 1) + self.bias
+
+
+class Bottleneck(nn.Module):
+    """Houlsby et al. 2019: down, ReLU, up. For tokens (B, N, D), or maps (B, D, H, W), of which it may skip some as its
+    neighbour does (stride). With `conv` a 3x3 convolution over the last tokens that form a square (Jie & Deng 2022)."""
+
+    def __init__(self, width: int, dim: int, linear: Callable = nn.Linear, conv: bool = False, stride: int = 1,
+                 scale: float = 1.0):
+        super().__init__()
+        self.down, self.up, self.stride, self.scale = linear(width, dim), linear(dim, width), stride, scale
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1) if conv else None
+        for p in self.up.parameters() if linear is nn.Linear else [self.up.t]:
+            nn.init.zeros_(p)
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = x.dim() == 4
+        z = F.relu(self.down(x[:, :, ::self.stride, ::self.stride].movedim(1, 3) if maps else x))  # (B, N, d)
+        if self.conv is not None:
+            side = math.isqrt(z.shape[1])
+            rest, square = z[:, :-side * side], z[:, -side * side:].transpose(1, 2).unflatten(2, (side, side))
+            z = torch.cat([rest, F.relu(self.conv(square)).flatten(2).transpose(1, 2)], 1)
+        y = self.scale * self.up(z)                              # (B, N, D)
+        return y.movedim(3, 1) if maps else y
+
+
+FFN = {"c_fc": "c_proj", "fc1": "fc2", "linear1": "linear2", "intermediate.dense": "output.dense"}  # first, last layer
+
+
+def add_bottlenecks(kind: str, modules: dict[str, nn.Module], dim: int) -> list[Bottleneck]:
+    """One for each feed-forward network of a transformer (Houlsby et al. have two in a layer; the sizes in the papers
+    are those of one): behind it, or beside it (AdaptFormer, conv-adapter). A ResNet has them beside its 3x3
+    convolutions (VL-Adapter, Sung et al. 2022), `dim` wide where these are widest, elsewhere in proportion."""
+    ends = [(m, modules[name.removesuffix(first) + last]) for name, m in modules.items() for first, last in FFN.items()
+            if name.endswith(first)]
+    convs = [m for name, m in modules.items() if re.search(r"layer\d\.\d+\.conv2$", name)]
+    in_convs = bool(convs) and (kind == "conv-adapter" or not ends)
+    beside = in_convs or kind in ("adaptformer", "conv-adapter")
+    added, sharing = [], []
+    for first, last in zip(convs, convs) if in_convs else ends:
+        width = last.weight.shape[0]
+        if kind == "compacter":  # dim is its rank; a quarter as wide, in multiples of its n
+            linear, d = partial(PHMLinear, rank=dim, sharing=sharing), -(-width // 16) * 4
+        else:
+            linear, d = nn.Linear, max(1, dim * width // max(m.weight.shape[0] for m in convs)) if in_convs else dim
+        last.add_module("baseline", Bottleneck(
+            width, d, linear, conv=kind == "conv-adapter" and not in_convs, stride=last.stride[0] if in_convs else 1,
+            scale=0.1 if kind == "adaptformer" else 1.0))
+        attach(first, last, beside)
+        added.append(last.baseline)
+    return added
+
+
+def attach(first: nn.Module, last: nn.Module, beside: bool) -> None:
+    """To what `last` gives is added what its baseline makes of it, or (beside) of what `first` reads."""
+    if not beside:
+        last.register_forward_hook(lambda m, args, y: y + m.baseline(y))
+        return
+    read = {}
+    first.register_forward_hook(lambda m, args, y: read.update(x=args[0]))
+    last.register_forward_hook(lambda m, args, y: y + m.baseline(read.pop("x")))
+
+
 # Flags
 
 
@@ -456,10 +694,15 @@ def check_config(c, **rules: tuple) -> None:
             wanted = "between 0 and 1"
         elif (name.endswith("_dropout") or name in ("drop_path", "beta2")) and value >= 1:
             wanted = "below 1"
-        elif typing.get_origin(kind) is tuple and (len(set(value)) < len(value) or min(value, default=0) < 0):
+        elif typing.get_origin(kind) is tuple and name != "baseline_dims" and (
+                len(set(value)) < len(value) or min(value, default=0) < 0):
             wanted = "different numbers, none negative"
         if wanted:
             raise UserError(f"--{name.replace('_', '-')} {value} cannot be: {wanted}.")
+    dims, usual = c.baseline_dims, BASELINES.get(baseline_of(c.tune), ())
+    rules["baseline_dims"] = (
+        len(dims) == len(usual) and any(dims) == any(usual) and all(d == 0 or d > 0 and u for d, u in zip(dims, usual)),
+        f"two numbers such as {','.join(map(str, usual))}, 0 for none" if usual else f"none with --tune {c.tune}")
     for name, (fine, wanted) in rules.items():
         if not (fine() if callable(fine) else fine):
             raise UserError(f"--{name.replace('_', '-')} {getattr(c, name)} cannot be: {wanted}.")
@@ -696,14 +939,14 @@ def write_json(path: str | Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
-def print_table(rows: list[dict]) -> None:
-    """Dicts of one kind as a table on standard output."""
+def print_table(rows: list[dict], left: tuple[str, ...] = ()) -> None:
+    """Dicts of one kind as a table on standard output; columns `left` begin at one height."""
     names = list(rows[0])
-    cells = [["-".join(f"{x:.2f}" for x in v) if isinstance(v, list) else f"{v:.2f}" if isinstance(v, float) else str(v)
-              for v in row.values()] for row in rows]
+    cells = [["-".join(f"{x:.2f}" for x in v) if isinstance(v, list) else f"{v:.2f}" if isinstance(v, float) else
+              f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in rows]
     widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
     for line in [names, *cells]:
-        print("  ".join(c.rjust(w) for c, w in zip(line, widths)))
+        print("  ".join(c.ljust(w) if n in left else c.rjust(w) for n, c, w in zip(names, line, widths)).rstrip())
 
 
 def write_result(file: str | None, value) -> None:
@@ -714,8 +957,8 @@ def write_result(file: str | None, value) -> None:
 
 
 def trains_towers(model: nn.Module) -> bool:
-    """Whether most of the towers' tensors are trained: all but some that nothing reads, or a first stage."""
-    trains = [p.requires_grad for m in model.parts()["backbone"] for p in m.parameters()]
+    """Whether most of the towers' matrices are trained: all but some that nothing reads, or a first stage."""
+    trains = [p.requires_grad for p in parameters(model)["backbone"] if p.dim() > 1]
     return 2 * sum(trains) > len(trains)
 
 
@@ -830,6 +1073,9 @@ def load_towers(model: nn.Module, run: str, method: str) -> None:
         raise UserError(f"--weights {run}: that run trained no towers (it was --tune {info['config']['tune']}); "
                         "give its own --weights, or a run with --tune full.")
     own = model.state_dict()
+    # LoRA has renamed what it stands before
+    renamed = {re.sub(r"parametrizations\.(\w+)\.original$", r"\1", k): k for k in own}
+    state = {renamed.get(k, k): v for k, v in state.items()}
     odd = sorted(k for k, v in state.items() if k not in own or not same_shape(k, own[k], v))
     if odd:
         raise UserError(f"--weights {run}: its towers do not fit these settings: {odd[0]} is "
@@ -893,59 +1139,174 @@ def count(modules: list[nn.Module] | nn.Module, trainable: bool = False) -> int:
     return sum(p.numel() for p in seen.values())
 
 
+def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Those of each of parts(), each once: a baseline's lie within the towers, and are adapters."""
+    parts = {name: [p for m in modules for p in m.parameters()] for name, modules in model.parts().items()}
+    adapters = {id(p) for p in parts["adapter"]}
+    return parts | dict(backbone=[p for p in parts["backbone"] if id(p) not in adapters])
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """What the papers' tables print of a model: `tuned`, all that is trained but the head's; `head`, the head as it is;
+    their `total`; and each part under its own name, such as `decoder`."""
+    parts = parameters(model)
+    head, trained = count(model.parts()["head"]), sum(p.numel() for p in parts["head"] if p.requires_grad)
+    tuned = count(model, trainable=True) - trained
+    return {name: count(m) for name, m in model.named_children()} | dict(
+        tuned=tuned, head=head, total=tuned + head, backbone=sum(p.numel() for p in parts["backbone"]))
+
+
+def printed(method, c) -> dict:
+    """The sizes that the paper's tables print of a configuration, with these tables and the first note; {} for none."""
+    found, tables, notes = {}, [], []
+    for number, table in method.TABLES.items():
+        for row in table.rows:
+            if row.printed and row.flags.get("method", method.__name__) == method.__name__ and \
+                    row_config(method, row, table)[0] == c:
+                memory = {k: v for k, v in zip(table.columns, row.quoted) if k.startswith("GB")}
+                found = row.printed | memory | found
+                tables.append(number)
+                notes += [row.note] if row.note else []
+    return dict(tables=tables) | found | (dict(note=notes[0]) if notes else {}) if found else {}
+
+
+def row_config(method, row: Row, table: Table) -> tuple:
+    """(its Config, its data set)"""
+    flags = dict(row.flags)
+    flags.pop("method", None)
+    names = [flags.pop(k, default) for k, default in (("backbone", next(iter(method.BACKBONES))),
+                                                      ("variant", method.VARIANTS[0]), ("dataset", table.dataset))]
+    return method.config(*names, **flags), names[2]
+
+
+def train_command(method: str, row: Row, table: Table) -> str:
+    """What trains a row."""
+    flags = dict(method=method, dataset=table.dataset, data_root="DATA") | row.flags
+    words = ["python", "train.py"]
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
+def agrees(size: float, printed: str) -> bool:
+    """Whether a size, rounded as the paper has it (1.94M, 4.10K, 0.30%, 50), is what the paper prints."""
+    number = printed.rstrip("MK%")
+    size /= dict(M=1e6, K=1e3).get(printed[-1], 1)
+    return f"{size:.{len(number.partition('.')[2])}f}" == number
+
+
 def saved_bytes(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor) -> int:
     """Bytes that one training forward keeps for backward: unique storages, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     storages = {}
 
-    def keep(t: Tensor) -> Tensor:
+    def keep(t: Tensor) -> None:  # a graph that keeps t itself may hold itself, and is then never freed
         s = t.untyped_storage()
         if s.data_ptr() not in own:
             storages[s.data_ptr()] = s  # held, so that no address is used twice
-        return t
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss = model.loss(model(images, tokens), target)
-    total = sum(s.nbytes() for s in storages.values())
-    del loss
-    return total
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):
+        model.loss(model(images, tokens), target)
+    return sum(s.nbytes() for s in storages.values())
 
 
-def efficiency(model: nn.Module, timed: int = 1) -> dict:
-    """Parameters, FLOPs (1 multiply-add = 2 FLOPs), bytes for backward, seconds of a training step, for one image."""
+SENTENCE = "the small red circle on the left of the large blue square above the cross next to it"  # 18 words: 20 tokens
+
+
+def blank(model: nn.Module, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """n black pictures, SENTENCE as tokens, and a target."""
+    device, size = next(model.parameters()).device, model.preprocess.size
+    images = torch.zeros(n, 4 if model.preprocess.pad_channel else 3, size, size, device=device)
+    target = torch.full((n, size, size) if model.task == "mask" else (n, 4), 0.5, device=device)
+    return images, model.tokenize([SENTENCE] * n).to(device), target
+
+
+@torch.no_grad()
+def forward_gflops(model: nn.Module) -> dict[str, float]:
+    """GFLOPs of one picture and SENTENCE (1 multiply-add = 2 FLOPs), in eval mode, which it leaves on: of each part
+    under its name in the model, of a `baseline`, of the `rest`, the products that are taken outside modules, such as
+    those of an attention written out, and their `total`. A model on the meta device will do."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    device, size = next(model.parameters()).device, model.preprocess.size
-    images = torch.zeros(2, 4 if model.preprocess.pad_channel else 3, size, size, device=device)
-    target = torch.full((2, size, size) if model.task == "mask" else (2, 4), 0.5, device=device)
-    sentence = "the small red circle on the left of the large blue square above the cross next to it"
-    tokens = model.tokenize([sentence] * 2).to(device)  # 18 words: 20 tokens, where the method has no length of its own
-    sizes = {name: count(modules) for name, modules in model.parts().items()}
-    model.eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as flops:
-        model(images[:1], tokens[:1])
-    calls, whole = flops.get_flop_counts(), type(model).__name__
-    parts = {name: dict(params=count(m)) for name, m in model.named_children() if count(m)}
-    for name in parts:  # of what is called as a module; towers whose blocks are called one by one are not
-        if f"{whole}.{name}" in calls:
-            parts[name]["gflops"] = round(sum(calls[f"{whole}.{name}"].values()) / 1e9, 3)
+    images, tokens, _ = blank(model.eval(), 1)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
+    with FlopCounterMode(display=False) as counter:
+        model(images, tokens)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    prefix = type(model).__name__ + "."
+    calls = {name.removeprefix(prefix): sum(ops.values()) / 1e9 for name, ops in counter.get_flop_counts().items()
+             if name.startswith(prefix)}
+    within = {id(m) for m in model.baseline}
+    baseline = {name: calls[name] for name, m in model.named_modules() if id(m) in within and name in calls}
+    out = {}
+    for part, _ in model.named_children():
+        inside = [name for name in calls if name.startswith(part + ".") or name == part]
+        top = [name for name in inside if not any(name.startswith(other + ".") for other in inside)]
+        out[part] = sum(calls[name] for name in top) - sum(calls[name] for name in baseline if name in inside)
+    total = counter.get_total_flops() / 1e9
+    out |= dict(baseline=sum(baseline.values()), rest=total - sum(out.values()) - sum(baseline.values()), total=total)
+    return {name: round(n, 3) for name, n in out.items() if round(n, 3) or name == "total"}
+
+
+def efficiency(model: nn.Module, timed: int = 0) -> dict:
+    """What a model costs, for one image: parameters, GFLOPs, bytes kept for backward, bytes of Adam's state and of a
+    checkpoint; with `timed`, the median of so many times, in seconds, and on CUDA the peak of memory."""
+    images, tokens, target = blank(model, 2)
+    device = images.device
+    parts = {name: sum(p.numel() for p in parameters) for name, parameters in parameters(model).items()}
+    gflops, baseline = forward_gflops(model), count(model.baseline)
+    own = {id(p) for m in model.baseline for p in m.parameters()}
+    by_part = {name: dict(params=sum(p.numel() for p in m.parameters() if id(p) not in own))
+               for name, m in model.named_children() if count(m)}
+    by_part |= dict(baseline=dict(params=baseline)) if baseline else {}
+    for name, n in gflops.items():
+        if name != "total":
+            by_part.setdefault(name, {})["gflops"] = n
+    trained = [p for p in model.parameters() if p.requires_grad]
     model.train()
-    bytes_ = saved_bytes(model, images, tokens, target)
-    seconds = []
-    for _ in range(timed + 1):
-        begin = time.perf_counter()
-        model.loss(model(images, tokens), target).backward()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-        model.zero_grad()
-    return dict(
-        params_total=count(model), params_trainable=count(model, trainable=True), params_adapter=sizes["adapter"],
-        params_head=sizes["head"], params_backbone=sizes["backbone"],
-        adapter_percent_of_backbone=round(100 * sizes["adapter"] / sizes["backbone"], 4), parts=parts,
-        gflops_forward=round(flops.get_total_flops() / 1e9, 3), saved_bytes_per_image=bytes_ // 2,
-        step_seconds_per_image=round(min(seconds[1:]) / 2, 4),
+    out = dict(
+        params_total=count(model), params_trainable=count(model, trainable=True), params_adapter=parts["adapter"],
+        params_head=parts["head"], params_backbone=parts["backbone"],
+        adapter_percent_of_backbone=round(100 * parts["adapter"] / parts["backbone"], 4), parts=by_part,
+        gflops_forward=gflops["total"], saved_bytes_per_image=saved_bytes(model, images, tokens, target) // 2,
+        optimizer_bytes=sum(2 * p.nbytes + 4 for p in trained),  # two moments, and a count of steps
+        checkpoint_bytes=sum(t.nbytes for t in trained_state(model).values()))  # without its header, the tensors' names
+    out |= times(model, images, tokens, target, timed) if timed else dict(step_seconds_per_image=None)
+    return out | dict(
         device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads")
+
+
+def times(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor, n: int) -> dict[str, float]:
+    """Medians of n after a first that does not count: seconds per image of a forward, and of a training step but for
+    the optimizer's; the peak of memory is that of these steps, on CUDA."""
+    cuda, medians = images.device.type == "cuda", {}
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(images, tokens)
+
+    def step() -> None:
+        model.loss(model(images, tokens), target).backward()
+        model.zero_grad()
+
+    for name, run in ("forward_seconds_per_image", forward), ("step_seconds_per_image", step):
+        model.train(run is step)
+        seconds = []
+        for _ in range(n + 1):
+            begin = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        medians[name] = round(float(np.median(seconds[1:])) / len(images), 4)
+    return medians | (dict(cuda_peak_mib=round(torch.cuda.max_memory_allocated() / 2**20)) if cuda else {})
 
 
 # Drawing

@@ -16,7 +16,7 @@ to CRIS turns three levels of the vision tower into a map and convolves it with 
     Sec. 3.4             vision-language decoder       Decoder, DecoderLayer
     Sec. 3.4, Eq. 5      up-sample projector           Projector
     Sec. 3.5, Eq. 6      text-to-pixel loss            DCRIS.loss
-    Tables 2, 4, 5       other sizes and places        Config.tune, .visual_dim, .text_dim, .visual_layers
+    Tables 1 to 5        their rows                    TABLES; Config.tune, .visual_dim, .visual_layers, ...
 
 Deviations (the paper is silent, contradicts its printed figures, or its successor's code does otherwise):
   * Eq. 1 prints bare convolutions; the printed 2.69 M needs a bias and a BatchNorm in each, as in DETRIS.
@@ -46,8 +46,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from common import (Preprocess, UserError, check_config, clip_state, clip_tokens, dice_loss, dinov2_state, fetch,
-                    in_full_precision, load_exactly, read_weights, sine_1d, sine_2d)
+from common import (BASELINES, COMBINED, Preprocess, Row, Table, UserError, add_baseline, baseline_dims, check_config,
+                    clip_tokens, dice_loss, in_full_precision, load_dinov2_and_clip, named, prompted, prompts, sine_1d,
+                    sine_2d)
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -67,7 +68,7 @@ BACKBONES = {
                   text_cfg=dict(context_length=77, vocab_size=4096, width=64, heads=2, layers=4))),
 }
 VARIANTS = ("dcris", "detris")
-TUNES = ("method", "frozen", "full")
+TUNES = ("method", "frozen", "full", *BASELINES, *COMBINED)
 RELEASED_CODE = True  # so there is another way to evaluate (evaluate.PROTOCOLS)
 
 
@@ -77,7 +78,8 @@ class Config:
 
     backbone: str = "dinov2-base"           # Sec. 4.2
     variant: str = "dcris"
-    tune: str = "method"                    # Table 2; "frozen" = Fix Backbone; "full" = Full-Tuning
+    tune: str = "method"                    # Table 2; others: Fix Backbone is "frozen", Full-Tuning "full"
+    baseline_dims: tuple[int, ...] = ()     # of what else --tune names (common.BASELINES): for pictures, for words
     # architecture
     image_size: int = 448                   # Sec. 4.2, pixels; any multiple of the patch size
     words: int = 17                         # BPE tokens with start and end; 22 for G-Ref (umd)
@@ -143,7 +145,9 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
                   decoder_ffn=128, decoder_dropout=0.0, decoder_position="content", steps=2400, batch_size=16,
                   optimizer="adamw", lr=2e-3, tower_lr=0.5, weight_decay=0.01, schedule="cosine", milestones=(),
                   warmup=50, clip_norm=1.0, dice=1.0, val_every=300)
-    if flags.get("tune") in ("frozen", "full"):
+    tune = flags.get("tune", "method")
+    c |= dict(baseline_dims=baseline_dims(tune, backbone == "tiny", lora=(32, 16), compacter=(42, 42)))  # Table 2
+    if not tune.startswith("method"):
         c |= dict(visual_layers=(), text_layers=())
     c = Config(**(c | flags))
     dino = BACKBONES[backbone]["dino"]
@@ -152,36 +156,70 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
         c, visual_layers=(set(c.visual_layers) <= set(range(depth)), f"blocks from 0 to {depth - 1}"),
         text_layers=(set(c.text_layers) <= set(range(text_depth)), f"blocks from 0 to {text_depth - 1}"),
         image_size=(c.image_size % dino["patch_size"] == 0, f"a multiple of the patch size, {dino['patch_size']}"),
-        words=(3 <= c.words <= 77, "3 to 77 tokens, what CLIP's text tower reads"),
+        words=(3 <= c.words <= 77 - prompts(c), f"3 to {77 - prompts(c)} tokens, what CLIP's text tower reads"),
         visual_dim=(c.visual_dim % 16 == 0, "a multiple of 16 (Eq. 1)"),
         text_dim=(c.text_adapter == "plain" or c.text_dim % 16 == 0, "a multiple of 16 (Eq. 1)"),
         cross_heads=(lambda: c.cross_dim % c.cross_heads == 0, f"a divisor of cross_dim, {c.cross_dim}"),
         head_dim=(c.head_dim == text_width, f"{text_width}, the width of the words, which are the decoder's keys"),
         head_heads=(lambda: c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
         taps=(len(c.taps) == 2 and 1 <= c.taps[0] < c.taps[1] < depth, f"two rising numbers, 1 to {depth - 1}"),
-        tune=(c.tune == "method" or not c.visual_layers + c.text_layers, "method, where layers are given adapters"))
+        tune=(c.tune.startswith("method") or not c.visual_layers + c.text_layers,
+              "method, where layers are given adapters"))
     return c
 
 
-def printed(c: Config) -> dict[str, float | str]:
-    """What the paper prints of the sizes of this configuration."""
-    if (c.variant, c.backbone) == ("dcris", "dinov2-large") and c == config("dinov2-large"):
-        return dict(adapter_percent_of_backbone=0.9, source="abstract")
-    if (c.variant, c.backbone) != ("dcris", "dinov2-base"):
-        return {}
-    if c.tune != "method":
-        return dict(frozen=dict(params_adapter="0.00M", source="Table 2"),
-                    full=dict(params_backbone="149.97M", source="Table 2"))[c.tune]
-    table_5 = {1: (0.45, 0.30), 2: (0.90, 0.60), 3: (1.35, 0.90), 4: (1.80, 1.20), 5: (2.25, 1.50), 6: (2.69, 1.79),
-               7: (3.14, 2.09), 8: (3.59, 2.39), 12: (5.39, 3.59)}
-    table_4 = {(64, 64): 1.91, (128, 64): 2.69, (128, 128): 3.09, (256, 128): 4.83}
-    n, dims = len(c.visual_layers), (c.visual_dim, c.text_dim)
-    if dims == (128, 64) and c.visual_layers == c.text_layers and n in table_5:
-        millions, percent = table_5[n]
-        return dict(params_adapter=f"{millions:.2f}M", adapter_percent_of_backbone=percent, source="Table 5")
-    if c.visual_layers == c.text_layers == Config.visual_layers and dims in table_4:
-        return dict(params_adapter=f"{table_4[dims]}M", source="Table 4")
-    return {}
+NINE = ("val", "testA", "testB", "+ val", "+ testA", "+ testB", "g val-u", "g test-u", "g val-g")  # RefCOCO, +, G-Ref
+THREE = ("val", "testA", "testB")
+FULL = "150.01M without the 39,424 of CLIP's positions are 149.97M"
+COMPACTER = "cannot be told from the paper: here n = 4, a quarter as wide as the towers, of the nearest rank, 42"
+PERCENT = "the paper divides 2.69 by 149.97, both rounded"
+
+
+def places(*layers: int) -> dict:
+    return dict(visual_layers=layers, text_layers=layers)
+
+
+TABLES = {  # figures are "IoU"
+    "1": Table(NINE, [
+        Row("DCRIS-B", {}, {}, (76.4, 77.9, 73.7, 69.8, 74.4, 62.6, 68.4, 68.5, 65.9)),
+        Row("DCRIS-L", dict(backbone="dinov2-large"), dict(percent="0.9%"),
+            (77.9, 79.0, 75.0, 71.9, 75.9, 65.7, 70.1, 70.9, 68.5), "0.9 is the abstract's; 3.09M of 367.80M"),
+        Row("DCRIS-L*", dict(backbone="dinov2-large", dataset="mixed"), {},
+            (None, 82.9, 77.9, 73.3, 78.3, 65.8, 74.1, 75.5, None))]),
+    "2": Table((*THREE, "mean"), [
+        Row("Full-Tuning", dict(tune="full"), dict(tuned="149.97M"), (65.1, 68.1, 61.4, 64.9), FULL),
+        Row("Fix Backbone", dict(tune="frozen"), dict(tuned="0.00M"), (74.9, 77.1, 72.0, 74.7)),
+        Row("Adapter", dict(tune="adapter"), dict(tuned="1.98M"), (71.2, 73.3, 68.3, 70.9)),
+        Row("Compacter", dict(tune="compacter"), dict(tuned="1.62M"), (73.9, 75.8, 70.8, 73.5), COMPACTER),
+        Row("LoRA", dict(tune="lora"), dict(tuned="1.57M"), (73.4, 75.7, 70.2, 73.1),
+            "its ranks are not printed: 32 for DINOv2's queries and values and 16 for CLIP's were chosen to fit"),
+        Row("ETRIS", dict(method="etris", backbone="dinov2-base", variant="released", bridger_dim=128),
+            dict(tuned="1.38M"), (74.5, 76.5, 72.9, 74.6), "1.388M, cut off"),
+        Row("DCRIS-B, 3 layers", places(4, 8, 11), dict(tuned="1.34M"), (75.8, 77.7, 72.9, 75.5),
+            "1.347M, cut off; Table 5 rounds"),
+        Row("DCRIS-B", {}, dict(tuned="2.69M"), (76.4, 77.9, 73.7, 76.0))]),
+    "3": Table(THREE, [
+        Row("neither", dict(tune="frozen"), {}, (74.9, 77.1, 72.0)),
+        Row("DA", dict(text_layers=()), {}, (75.4, 77.4, 72.2)),
+        Row("TA", dict(visual_layers=()), {}, (75.9, 77.5, 72.7)),
+        Row("DA, TA", {}, {}, (76.4, 77.9, 73.7))]),
+    "4": Table(THREE, [
+        Row("64, 64", dict(visual_dim=64), dict(tuned="1.91M"), (76.21, 78.04, 73.78)),
+        Row("128, 64", {}, dict(tuned="2.69M"), (76.42, 77.91, 73.65)),
+        Row("128, 128", dict(text_dim=128), dict(tuned="3.09M"), (76.01, 78.28, 73.52)),
+        Row("256, 128", dict(visual_dim=256, text_dim=128), dict(tuned="4.83M"), (76.40, 78.04, 73.42))]),
+    "5": Table(THREE, [
+        Row("1", places(8), dict(tuned="0.45M", percent="0.30%"), (75.40, 77.19, 72.04)),
+        Row("2", places(6, 11), dict(tuned="0.90M", percent="0.60%"), (75.47, 77.41, 72.54)),
+        Row("3", places(4, 8, 11), dict(tuned="1.35M", percent="0.90%"), (75.78, 77.65, 72.86)),
+        Row("4", places(3, 6, 9, 11), dict(tuned="1.80M", percent="1.20%"), (75.98, 77.85, 73.34)),
+        Row("5", places(3, 5, 7, 9, 11), dict(tuned="2.25M", percent="1.50%"), (76.22, 77.88, 73.48)),
+        Row("6", {}, dict(tuned="2.69M", percent="1.79%"), (76.42, 77.91, 73.65), PERCENT),
+        Row("7", places(1, 3, 5, 7, 9, 10, 11), dict(tuned="3.14M", percent="2.09%"), (76.19, 78.07, 73.41),
+            PERCENT.replace("2.69", "3.14")),
+        Row("8", places(1, 3, 4, 5, 7, 9, 10, 11), dict(tuned="3.59M", percent="2.39%"), (75.71, 77.87, 73.34)),
+        Row("12", places(*range(12)), dict(tuned="5.39M", percent="3.59%"), (76.11, 78.07, 73.49))]),
+}
 
 
 # Adapters (Sec. 3.3)
@@ -410,10 +448,12 @@ class DCRIS(nn.Module):
         # nothing reads these two here, so nothing can train them
         self.vision.embeddings.mask_token.requires_grad_(False)
         self.text.logit_scale.requires_grad_(False)
+        self.baseline = add_baseline(c, named(self.vision), named(self.text), self.text.token_embedding)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """What the parameter tables count."""
-        return dict(backbone=[self.vision, self.text], adapter=[self.visual_adapters, self.text_adapters],
+        return dict(backbone=[self.vision, self.text],
+                    adapter=[self.visual_adapters, self.text_adapters, *self.baseline],
                     head=[self.neck, self.decoder, self.proj])
 
     def train(self, mode: bool = True) -> DCRIS:
@@ -425,7 +465,7 @@ class DCRIS(nn.Module):
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """CLIP's BPE, lower case; start, words, end, zeros; cut to `words` with the end kept. -> (B, words)"""
-        return clip_tokens(list(sentences), self.c.words, self.text.token_embedding.num_embeddings)
+        return prompted(clip_tokens(list(sentences), self.c.words, self.text.token_embedding.num_embeddings), self.c)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L) -> words f_t (B, L, C), sentence f_s (B, C'), padding (B, L), True after the end token."""
@@ -514,24 +554,6 @@ def build_towers(backbone: str, weights: str) -> tuple[Dinov2WithRegistersModel,
     clip = names["clip"]
     text = open_clip.CLIP(**(open_clip.get_model_config(clip) if isinstance(clip, str) else clip))
     del text.visual  # Sec. 3.2: only its text transformer
-    if weights == "random":
-        return vision, text
-    if weights == "pretrained":
-        files = [fetch(names["hub"], "model.safetensors"),
-                 fetch("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors")]
-    else:
-        files = weights.split(",")
-    loaded = set()
-    for file in files:
-        state = read_weights(file)
-        if "token_embedding.weight" in state:
-            state = {k: v for k, v in clip_state(state).items() if not k.startswith("visual.")}
-            load_exactly(text, state, file, "the text half of CLIP ViT-B/16")
-            loaded.add("CLIP")
-        else:
-            load_exactly(vision, dinov2_state(state, vision), file, f"{backbone} (DINOv2 with registers)")
-            loaded.add("DINOv2")
-    if len(loaded) < 2 or len(files) > 2:
-        raise UserError(f"--weights {weights}: two files are needed, one of DINOv2 with registers and one of CLIP "
-                        f"ViT-B/16, with a comma between; found {' and '.join(sorted(loaded))}.")
+    if weights != "random":
+        load_dinov2_and_clip(vision, text, weights, names.get("hub", ""), backbone)
     return vision, text

@@ -14,7 +14,7 @@ the sentence, level by level and then as a whole, and convolves the result with 
     Sec. 3.3, Eq. 8      global alignment (GA)         Decoder, DecoderLayer
     Sec. 3.3, Eq. 9      projector                     Projector
     Sec. 3.4, Eq. 10-11  text-to-pixel loss            ETRIS.loss
-    Tables 2, 4-7        other sizes and places        Config.tune, .bridger_stages, .zoom, .bridger_dim, ...
+    Tables 1 to 8        their rows                    TABLES; Config.tune, .bridger_stages, .zoom, ...
 
 Deviations (the paper is silent, or contradicts itself or its printed figures; `--variant released` is the authors'
 public model, which differs again):
@@ -55,9 +55,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Preprocess, UserError, check_config, clip_state, clip_tokens, dice_loss, fetch,
-                    in_full_precision, load_exactly, read_weights, sine_1d, sine_2d)
+from common import (BASELINES, COMBINED, Preprocess, Row, Table, UserError, add_baseline, baseline_dims, check_config,
+                    clip_state, clip_tokens, dice_loss, fetch, in_full_precision, load_dinov2_and_clip, load_exactly,
+                    named, prompted, prompts, read_weights, sine_1d, sine_2d)
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 TINY_TEXT = dict(context_length=77, vocab_size=4096, width=64, heads=2, layers=4)
@@ -67,13 +69,15 @@ BACKBONES = {
     "RN50": dict(hub="timm/resnet50_clip.openai", clip=open_clip.get_model_config("RN50-quickgelu")),
     "ViT-B-16": dict(hub="timm/vit_base_patch16_clip_224.openai",
                      clip=open_clip.get_model_config("ViT-B-16-quickgelu")),
+    "dinov2-base": dict(hub="facebook/dinov2-with-registers-base", dino=True,  # not the paper's: DCRIS, Table 2
+                        clip=open_clip.get_model_config("ViT-B-16-quickgelu")),
     "tiny": dict(clip=dict(embed_dim=64, quick_gelu=True, text_cfg=TINY_TEXT,
                            vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64, image_size=128))),
     "tiny-vit": dict(clip=dict(embed_dim=64, quick_gelu=True, text_cfg=TINY_TEXT,
                                vision_cfg=dict(layers=4, width=64, head_width=32, image_size=64, patch_size=8))),
 }
 VARIANTS = ("etris", "released")
-TUNES = ("method", "frozen", "full")
+TUNES = ("method", "frozen", "full", *BASELINES, *COMBINED)
 RELEASED_CODE = True  # so there is another way to evaluate (evaluate.PROTOCOLS)
 STAGES = (2, 3, 4)  # Sec. 3.1: i in {2, ..., N}; a ResNet's layer2 to layer4
 UP = (False, False, True)  # Eq. 4: only the last stage's map is smaller than the common one
@@ -85,7 +89,8 @@ class Config:
 
     backbone: str = "RN101"                 # Sec. 4.2
     variant: str = "etris"
-    tune: str = "method"                    # Table 2; "frozen" = Fix Backbone; "full" = Full-Tuning
+    tune: str = "method"                    # Table 2; others: Fix Backbone is "frozen", Full-Tuning "full"
+    baseline_dims: tuple[int, ...] = ()     # of what else --tune names (common.BASELINES): for pictures, for words
     # architecture
     image_size: int = 416                   # Sec. 4.2, pixels; any multiple of 32
     words: int = 17                         # Sec. 4.2, BPE tokens with start and end; 22 for G-Ref
@@ -137,7 +142,8 @@ def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refc
     """The settings of a backbone, variant and data set, and over them what the user set."""
     c = dict(backbone=backbone, variant=variant)
     vision, text = (BACKBONES[backbone]["clip"][k] for k in ("vision_cfg", "text_cfg"))
-    vit = isinstance(vision["layers"], int)
+    tune, tiny = flags.get("tune", "method"), backbone.startswith("tiny")
+    vit, dino = isinstance(vision["layers"], int), "dino" in BACKBONES[backbone]
     if dataset.startswith("refcocog") or dataset == "mixed":
         c |= dict(words=22)
     if vit:
@@ -147,19 +153,23 @@ def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refc
                   connect=not vit, adapter_lr=1.0)
         if vit:
             c |= dict(zoom="pointwise", interactor="product")
-    if backbone.startswith("tiny"):
+    if dino:
+        c |= dict(image_size=448, train_positions=False)
+    if tiny:
         c |= dict(image_size=vision["image_size"], blocks=(2, 3, 4), bridger_dim=32, bridger_heads=2, bridger_ffn=64,
                   bridger_dropout=0.0, adapter_lr=1.0, head_dim=64, head_heads=2, decoder_layers=2, decoder_ffn=128,
                   decoder_dropout=0.0, decoder_position="content", steps=2000, batch_size=16, optimizer="adamw",
                   lr=2e-3, tower_lr=0.5 if vit else 1.0, weight_decay=0.01, schedule="cosine", milestones=(),
                   warmup=50, clip_norm=1.0, dice=1.0, val_every=250)
-    if flags.get("tune") in ("frozen", "full"):
+    c |= dict(baseline_dims=baseline_dims(  # Sec. 5.1: a quarter; Table 2
+        tune, tiny, lora=(1, 1), adapter=(192 if vit else 128, 128), conv_adapter=(192 if vit else 128, 0)))
+    if not tune.startswith("method"):
         c |= dict(bridger_stages=(), train_positions=False)
     c = Config(**(c | flags))
     depth, sentence_width = text["layers"], BACKBONES[backbone]["clip"]["embed_dim"]
     check_config(
-        c, image_size=(c.image_size % 32 == 0, "a multiple of 32"),
-        words=(3 <= c.words <= 77, "3 to 77 tokens, what CLIP's text tower reads"),
+        c, image_size=(c.image_size % (14 if dino else 32) == 0, f"a multiple of {14 if dino else 32}"),
+        words=(3 <= c.words <= 77 - prompts(c), f"3 to {77 - prompts(c)} tokens, what CLIP's text tower reads"),
         blocks=(len(c.blocks) == 3 and 0 < c.blocks[0] < c.blocks[1] < c.blocks[2] == depth,
                 f"three rising numbers up to {depth}, the last block"),
         bridger_stages=(set(c.bridger_stages) <= set(STAGES), "stages from 2 to 4"),
@@ -167,39 +177,87 @@ def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refc
         zoom=(c.zoom != ("interpolate" if vit else "pointwise"),
               f"deconv, linear or mlp, as this backbone's maps are {'all of one size' if vit else 'not of one size'}"),
         zero_init=(not c.zero_init or c.zoom != "pointwise", "off with pointwise: its ReLU over zeros never learns"),
+        train_positions=(not c.train_positions or not dino, "off for DINOv2, which the public code has not"),
         connect=(not c.connect or not vit, "off for a ViT, which has no attention pool"),
         head_dim=(c.head_dim == text["width"], f"{text['width']}, as wide as the words, the decoder's keys"),
         head_heads=(lambda: c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
         decoder_text=(c.decoder_text == "words" or c.head_dim == sentence_width, "words: F_s has another width"),
-        tune=(c.tune == "method" or not c.bridger_stages, "method, where stages are given Bridgers"))
+        tune=(c.tune.startswith("method") or not c.bridger_stages, "method, where stages are given Bridgers"))
     return c
 
 
-PRINTED = [  # backbone, flags, what the paper prints; "public code" was measured on the authors' code, on a CPU
-    ("RN101", {}, dict(params_adapter="1.94M", params_head="23.98M", source="Table 3",
-                       public_code=dict(gflops_forward=133.84, saved_mib_per_image=644.6))),
-    ("RN50", {}, dict(params_adapter="1.68M", params_head="23.98M", source="Table 3")),
-    ("ViT-B-16", {}, dict(params_adapter="1.39M", params_head="23.98M", source="Table 3",
-                          public_code=dict(gflops_forward=197.20, saved_mib_per_image=691.8))),
-    ("RN101", dict(tune="frozen"), dict(params_adapter="0.00M", params_head="23.98M", source="Table 2")),
-    ("RN101", dict(tune="full", connect=True), dict(params_backbone="120.74M", params_head="23.98M", source="Table 2")),
-    *(("RN101", dict(bridger_stages=stages), dict(params_adapter=f"{millions}M", source="Table 4"))
-      for stages, millions in (((2,), "0.43"), ((3,), "0.29"), ((4,), "1.22"), ((2, 3), "0.72"), ((3, 4), "1.51"))),
-    *(("RN101", dict(zoom=zoom), dict(params_adapter=f"{millions}M", source="Table 5"))
-      for zoom, millions in (("linear", "5.77"), ("interpolate", "1.45"), ("mlp", "1.68"))),
-    *(("RN101", dict(bridger_dim=dim), dict(params_adapter=f"{millions}M", source="Table 7"))
-      for dim, millions in ((8, "0.22"), (16, "0.45"), (32, "0.92"), (128, "4.28"))),
-]
-
-
-def printed(c: Config) -> dict:
-    """What the paper prints of the sizes of this configuration."""
-    for backbone, flags, row in PRINTED:
-        if c == config(backbone, **flags):
-            return row
-        if "public_code" in row and c == config(backbone, "released", **flags):
-            return dict(public_code=row["public_code"])
-    return {}
+NINE = ("val", "testA", "testB", "+ val", "+ testA", "+ testB", "g val-u", "g test-u", "g val-g")  # RefCOCO, +, G-Ref
+FOUR = ("oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
+SIX = ("oIoU", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9")
+RN50 = "RN50's stages are as wide as RN101's; with --zoom mlp they have 1,682,633"
+RN50_HEAD = RN50 + ". Its F_s is 1024 wide and must be projected"
+VIT_HEAD = "23.98M is RN101's head, whose maps have other widths"
+ADAPTER = ("cannot be told from the paper: here behind each layer of the text, 128 wide (a quarter), and beside each "
+           "3x3 convolution. Without those of layer4, and with BatchNorms, they have 2,389,600")
+COMPACTER = "cannot be told from the paper: here of rank 1, n = 4, as its authors have it, where Adapter is"
+CUT = "0.298M, cut off"
+LESS = "0.727M; 0.72 is 1.94 - 1.22"
+TABLES = {  # figures of Table 1 are oIoU
+    "1": Table(NINE, [
+        Row("ETRIS, ResNet-50", dict(backbone="RN50"), dict(tuned="1.68M"),
+            (70.39, 73.11, 66.38, 60.47, 67.11, 50.73, 59.71, 59.95, 57.22), RN50),
+        Row("ETRIS, ResNet-101", {}, dict(tuned="1.94M"),
+            (71.06, 74.11, 66.66, 62.23, 68.51, 52.79, 60.28, 60.42, 57.86)),
+        Row("ETRIS, ViT-B-16", dict(backbone="ViT-B-16"), dict(tuned="1.39M"),
+            (70.51, 73.51, 66.63, 60.10, 66.89, 50.17, 59.82, 59.91, 57.88))]),
+    "2": Table(("oIoU",), [
+        Row("Full-Tuning", dict(tune="full", connect=True), dict(tuned="120.74M", head="23.98M"), (70.47,)),
+        Row("Fix Backbone", dict(tune="frozen"), dict(tuned="0.00M", head="23.98M"), (67.73,)),
+        Row("Adapter", dict(tune="adapter"), dict(tuned="2.39M", head="23.98M"), (69.46,), ADAPTER),
+        Row("Conv Adapter", dict(tune="conv-adapter"), dict(tuned="1.20M", head="23.98M"), (69.33,)),
+        Row("Compacter", dict(tune="compacter"), dict(tuned="0.19M", head="23.98M"), (69.11,), COMPACTER),
+        Row("CoOp", dict(tune="coop"), dict(tuned="4.10K", head="23.98M"), (67.87,)),
+        Row("LoRA", dict(tune="lora"), dict(tuned="0.03M", head="23.98M"), (68.84,)),
+        Row("ETRIS", {}, dict(tuned="1.94M", head="23.98M"), (71.06,))]),
+    "3": Table((), [
+        Row("ETRIS, ResNet-50", dict(backbone="RN50"), dict(tuned="1.68M", head="23.98M", total="25.66M"), (),
+            RN50_HEAD),
+        Row("ETRIS, ResNet-101", {}, dict(tuned="1.94M", head="23.98M", total="25.92M")),
+        Row("ETRIS, ViT-B-16", dict(backbone="ViT-B-16"), dict(tuned="1.39M", head="23.98M", total="25.37M"), (),
+            VIT_HEAD)]),
+    "4": Table(("oIoU",), [
+        Row("2 -> n, 1", dict(bridger_stages=(2,)), dict(tuned="0.43M"), (70.96,)),
+        Row("n/2 -> n, 1", dict(bridger_stages=(3,)), dict(tuned="0.29M"), (70.18,), CUT),
+        Row("n -> n, 1", dict(bridger_stages=(4,)), dict(tuned="1.22M"), (69.65,)),
+        Row("2 -> n, 2", dict(bridger_stages=(2, 3)), dict(tuned="0.72M"), (70.75,), LESS),
+        Row("n/2 -> n, 2", dict(bridger_stages=(3, 4)), dict(tuned="1.51M"), (70.53,)),
+        Row("2 -> n, 3", {}, dict(tuned="1.94M"), (71.06,))]),
+    "5": Table(FOUR, [
+        Row("(a) Linear", dict(zoom="linear"), dict(tuned="5.77M"), (70.94, 82.89, 72.18, 17.89)),
+        Row("(b) Conv&Interpolate", dict(zoom="interpolate"), dict(tuned="1.45M"), (70.08, 81.17, 68.07, 15.95)),
+        Row("(c) MLP", dict(zoom="mlp"), dict(tuned="1.68M"), (70.62, 82.36, 71.05, 17.70)),
+        Row("(d) Conv&Deconv", {}, dict(tuned="1.94M"), (71.06, 83.43, 72.68, 17.40))]),
+    "6": Table(FOUR, [
+        Row("GA, Bridger", dict(hierarchical_alignment=False), {}, (58.70, 69.53, 45.52, 4.33)),
+        Row("HA, GA", dict(tune="frozen"), {}, (67.73, 79.62, 68.47, 15.41)),
+        Row("HA, Bridger", dict(global_alignment=False), {}, (62.21, 71.51, 53.41, 11.16)),
+        Row("HA, GA, Bridger", {}, {}, (71.06, 83.43, 72.68, 17.40))]),
+    "7": Table(FOUR, [
+        Row("8", dict(bridger_dim=8), dict(tuned="0.22M"), (70.55, 82.56, 70.52, 16.60)),
+        Row("16", dict(bridger_dim=16), dict(tuned="0.45M"), (70.78, 82.98, 70.96, 17.01)),
+        Row("32", dict(bridger_dim=32), dict(tuned="0.92M"), (70.92, 83.31, 71.19, 17.42)),
+        Row("64", {}, dict(tuned="1.94M"), (71.06, 83.43, 72.68, 17.40)),
+        Row("128", dict(bridger_dim=128), dict(tuned="4.28M"), (70.39, 82.51, 71.12, 16.99))]),
+    "8": Table(SIX, [
+        Row("Full-Tuning", dict(tune="full", connect=True), dict(tuned="120.74M", head="23.98M"),
+            (70.47, 82.62, 78.35, 71.35, 54.47, 17.69)),
+        Row("Fix Backbone", dict(tune="frozen"), dict(tuned="0.00M", head="23.98M"),
+            (67.73, 79.53, 74.42, 66.10, 46.39, 12.41)),
+        Row("Adapter", dict(tune="adapter"), dict(tuned="2.39M", head="23.98M"),
+            (69.46, 81.05, 76.59, 69.69, 51.27, 16.16), ADAPTER),
+        Row("Conv Adapter", dict(tune="conv-adapter"), dict(tuned="1.20M", head="23.98M"),
+            (69.33, 80.79, 76.62, 69.80, 51.69, 15.95)),
+        Row("ETRIS", {}, dict(tuned="1.94M", head="23.98M"), (71.06, 83.43, 79.23, 72.68, 55.39, 17.40)),
+        Row("Adapter+ETRIS", dict(tune="method+adapter"), dict(tuned="4.33M", head="23.98M"),
+            (71.67, 84.25, 80.12, 73.50, 56.33, 18.43), ADAPTER),
+        Row("Conv Adapter+ETRIS", dict(tune="method+conv-adapter"), dict(tuned="3.14M", head="23.98M"),
+            (72.11, 84.46, 80.27, 73.92, 57.13, 18.74))]),
+}
 
 
 # Bridger (Sec. 3.2)
@@ -455,23 +513,27 @@ class ETRIS(nn.Module):
         self.c = c
         self.clip = build_tower(c.backbone, weights)
         visual, (text_width, sentence_width) = self.clip.visual, self.clip.text_projection.shape
-        self.resnet = hasattr(visual, "attnpool")
+        self.resnet, self.dino = hasattr(visual, "attnpool"), "dino" in BACKBONES[c.backbone]
+        self.prefix = 5 if self.dino else 1  # tokens of no place: the class, and DINOv2's registers
         if self.resnet:
             base = visual.conv3.out_channels
             widths, pixels, strides = (8 * base, 16 * base, 32 * base), (8, 16, 32), (2, 1, 2)
         else:
-            widths, pixels, strides = (visual.conv1.out_channels,) * 3, visual.patch_size[:1] * 3, (1, 1, 1)
+            width, patch = (visual.config.hidden_size, visual.config.patch_size) if self.dino else (
+                visual.conv1.out_channels, visual.patch_size[0])
+            widths, pixels, strides = (width,) * 3, (patch,) * 3, (1, 1, 1)
+        last = widths[2] if self.dino else sentence_width  # CLIP projects its last map, DINOv2 has no projection
         sides = [c.image_size // p for p in pixels]
         self.bridgers = nn.ModuleDict({
             str(i): Bridger(c, i, width, text_width, side, sides[1], linked=i > min(c.bridger_stages))
             for i, width, side in zip(STAGES, widths, sides) if i in c.bridger_stages})
         if c.hierarchical_alignment:
-            self.neck = Neck(c, (*widths[:2], sentence_width), strides, sentence_width)
+            self.neck = Neck(c, (*widths[:2], last), strides, sentence_width)
         else:
-            self.neck = resample_layer(sentence_width, c.head_dim, strides[2], up=True)
+            self.neck = resample_layer(last, c.head_dim, strides[2], up=True)
         self.decoder = Decoder(c) if c.global_alignment else None
         self.proj = Projector(c.head_dim, sentence_width)
-        self.preprocess = Preprocess(c.image_size, "letterbox", "bicubic", *CLIP)
+        self.preprocess = Preprocess(c.image_size, "letterbox", "bicubic", *(IMAGENET if self.dino else CLIP))
         if c.connect:  # under the public code's name
             visual.attnpool.connect = nn.Sequential(nn.Conv2d(widths[2], sentence_width, 1, bias=False),
                                                     nn.BatchNorm2d(sentence_width))
@@ -479,13 +541,18 @@ class ETRIS(nn.Module):
             table = resized(visual.positional_embedding.detach(), (sides[0], sides[0]))
             visual.positional_embedding = nn.Parameter(table)
         self.clip.requires_grad_(c.tune == "full")
-        for positions in self.clip, visual.attnpool if self.resnet else visual:
-            positions.positional_embedding.requires_grad_(c.tune == "full" or c.train_positions)
-        self.clip.logit_scale.requires_grad_(False)  # nothing reads it here, so nothing can train it
+        for positions in (self.clip, visual.attnpool if self.resnet else visual) if c.train_positions else ():
+            positions.positional_embedding.requires_grad_(True)
+        # nothing reads these here, so nothing can train them
+        self.clip.logit_scale.requires_grad_(False)
+        if self.dino:
+            visual.embeddings.mask_token.requires_grad_(False)
+        text = {n: m for n, m in named(self.clip).items() if not n.startswith("visual")}
+        self.baseline = add_baseline(c, named(visual), text, self.clip.token_embedding)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """What the parameter tables count."""
-        return dict(backbone=[self.clip], adapter=[self.bridgers],
+        return dict(backbone=[self.clip], adapter=[self.bridgers, *self.baseline],
                     head=[m for m in (self.neck, self.decoder, self.proj) if m is not None])
 
     def train(self, mode: bool = True) -> ETRIS:
@@ -496,7 +563,7 @@ class ETRIS(nn.Module):
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """CLIP's BPE, lower case; start, words, end, zeros; cut to `words` with the end kept. -> (B, words)"""
-        return clip_tokens(list(sentences), self.c.words, self.clip.token_embedding.num_embeddings)
+        return prompted(clip_tokens(list(sentences), self.c.words, self.clip.token_embedding.num_embeddings), self.c)
 
     def encode(self, images: Tensor, tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """(B, 3, H, W), (B, L) -> maps of the three stages, words F_t (B, L, C), sentence F_s (B, C'), padding (B, L),
@@ -514,8 +581,9 @@ class ETRIS(nn.Module):
             if str(i) in self.bridgers:
                 f_v, f_t, memory = self.bridgers[str(i)](self.as_map(v, grid), t, memory,
                                                          pad if self.c.mask_padding else None)
-                # a ViT's class token has no place in the map, and gets nothing
-                v = v + (f_v if self.resnet else F.pad(f_v.flatten(2).transpose(1, 2), (0, 0, 1, 0)))  # Eq. 3, line 3
+                if not self.resnet:  # tokens of no place get nothing
+                    f_v = F.pad(f_v.flatten(2).transpose(1, 2), (0, 0, self.prefix, 0))  # (B, 1+N, C)
+                v = v + f_v                                      # Eq. 3, line 3
                 t = t + f_t                                      # Eq. 3, line 4
             maps.append(self.as_map(v, grid))
         maps[2] = self.image_end(v, grid)
@@ -526,6 +594,9 @@ class ETRIS(nn.Module):
     def image_start(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """What comes before stage 2, and the grid of a ViT's patches."""
         visual = self.clip.visual
+        if self.dino:
+            patch = visual.config.patch_size
+            return visual.embeddings(images), (images.shape[2] // patch, images.shape[3] // patch)
         x = visual.stem(images) if self.resnet else visual.conv1(images)
         grid = tuple(x.shape[-2:])
         if self.resnet:
@@ -536,8 +607,10 @@ class ETRIS(nn.Module):
     def image_stage(self, v: Tensor, i: int) -> Tensor:
         if self.resnet:
             return getattr(self.clip.visual, f"layer{i}")(v)
-        for block in self.clip.visual.transformer.resblocks[self.blocks_of(i)]:
+        blocks = self.clip.visual.encoder.layer if self.dino else self.clip.visual.transformer.resblocks
+        for block in blocks[self.blocks_of(i)]:
             v = block(v)
+            v = v[0] if isinstance(v, tuple) else v  # DINOv2's, before transformers 5
         return v
 
     def blocks_of(self, i: int) -> slice:
@@ -546,12 +619,14 @@ class ETRIS(nn.Module):
         return slice(ends[i - 2], ends[i - 1])
 
     def as_map(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        return v if self.resnet else v[:, 1:].transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
+        return v if self.resnet else v[:, self.prefix:].transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
 
     def image_end(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """CLIP's projection to the space it shares with text, at every place. -> (B, C', H, W)"""
         if self.resnet:
             return attention_pool(self.clip.visual.attnpool, v)
+        if self.dino:
+            return self.as_map(self.clip.visual.layernorm(v), grid)
         return self.as_map(self.clip.visual.ln_post(v) @ self.clip.visual.proj, grid)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
@@ -601,13 +676,22 @@ def resized(table: Tensor, grid: tuple[int, int]) -> Tensor:
 def build_tower(backbone: str, weights: str) -> open_clip.CLIP:
     """CLIP, random or from a file that OpenAI or the Hugging Face hub publish.
 
-    `weights`: "random", "pretrained" (the hub's cache, or downloaded) or a file.
+    `weights`: "random", "pretrained" (the hub's cache, or downloaded) or a file; for DINOv2 its file and CLIP's.
     """
     names = BACKBONES[backbone]
     if weights == "pretrained" and "hub" not in names:
         raise UserError(f"--weights pretrained: the backbone {backbone} has no released weights; "
                         "give --weights random, or a run folder that trained such towers.")
     clip = open_clip.CLIP(**names["clip"])
+    if "dino" in names:
+        from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+        del clip.visual
+        dino = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, image_size=518))
+        if weights != "random":
+            load_dinov2_and_clip(dino, clip, weights, names["hub"], backbone)
+        clip.visual = dino
+        return clip
     if hasattr(clip.visual, "attnpool"):  # a ResNet: a training step takes 4 (RN101) to 12 % (tiny) less on a CPU
         clip.visual.to(memory_format=torch.channels_last)
     if weights != "random":

@@ -5,7 +5,8 @@
     python evaluate.py --ckpt RUN --shuffle-text                           # each picture with another's sentence
     python evaluate.py --ckpt RUN --by-size                                # also by the size of the object
     python evaluate.py --ckpt RUN --image a.jpg --text "left dog" --out a.png
-    python evaluate.py --efficiency --method dcris --backbone dinov2-base
+    python evaluate.py --efficiency --method dcris --backbone dinov2-base --vary tune
+    python evaluate.py --tables                            # the papers' tables: commands, our sizes beside theirs
 
 Every sentence of a split counts once, at the photograph's own resolution, however many processes there are.
 """
@@ -19,6 +20,7 @@ import math
 import os
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -318,30 +320,113 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
     rows = []
     for name in [args.method] if args.method else METHODS:
         method = load_method(name)
+        if args.tune not in (None, *method.TUNES):
+            continue  # Shared-RIS has no adapters beside which a baseline could stand
         for backbone in [args.backbone] if args.backbone else method.BACKBONES:
-            names = backbone, args.variant or method.VARIANTS[0], "refcoco"
+            names, same = (backbone, args.variant or method.VARIANTS[0], "refcoco"), []
             for flags in varied(args, method, names):
                 c = method.config(*names, **flags)
-                process.say(f"building {name} {backbone} with random weights ...")
+                process.say(f"building {name} {backbone} (--tune {c.tune}) with random weights ...")
                 model = common.build(method, c, "random", 0).to(process.device)
                 about = dict(method=name, backbone=backbone, variant=c.variant, tune=c.tune)
                 about |= {k: getattr(c, k) for k in args.vary} | dict(image_size=model.preprocess.size)
-                rows.append(about | common.efficiency(model) | dict(paper=method.printed(c)))
+                same.append(about | common.efficiency(model, args.time) | dict(paper=common.printed(method, c)))
+            rows += beside_full(same)
     if process.rank == 0:
         if args.json != "-":
             for key in dict.fromkeys((row["method"], row["backbone"]) for row in rows):
-                same = [row for row in rows if (row["method"], row["backbone"]) == key]
-                common.print_table([{k: v for k, v in row.items() if k not in ("device", "paper", "parts")}
-                                    for row in same])
-                print(f"  on {same[0]['device']}; 1 multiply-add = 2 FLOPs")
-                for n, row in enumerate(same, 1):
-                    which = f" of row {n}" if len(same) > 1 else ""
-                    print(f"  parts{which}: " + ", ".join(
-                        f"{name} {part['params']:,}" + (f" ({part['gflops']:.2f} GFLOPs)" if "gflops" in part else "")
-                        for name, part in row["parts"].items()))
-                    print(f"  the paper prints{which}: {row['paper'] or 'nothing'}")
-                print()
+                print_efficiency([row for row in rows if (row["method"], row["backbone"]) == key])
         common.write_result(args.json, rows)
+
+
+def beside_full(rows: list[dict]) -> list[dict]:
+    """With each row's share of what full tuning keeps for backward, where that is among them, and of its memory in the
+    paper."""
+    full = next((row for row in rows if row["tune"] == "full"), None)
+    for row in rows if full else ():
+        row["saved_percent_of_full"] = round(100 * row["saved_bytes_per_image"] / full["saved_bytes_per_image"], 1)
+        theirs = [r["paper"].get("GB at 64") for r in (row, full)]
+        row["paper_memory_percent_of_full"] = round(100 * theirs[0] / theirs[1], 1) if all(theirs) else None
+    return rows
+
+
+def print_efficiency(rows: list[dict]) -> None:
+    """One backbone of a method, for people."""
+    hidden = "method", "backbone", "variant", "params_total", "device", "paper", "parts"
+    first = rows[0]
+    print(f"{first['method']} {first['backbone']}" + f" ({first['variant']})" * (first["variant"] != first["method"]) +
+          f", on {first['device']}; bytes and seconds are those of one image; 1 multiply-add = 2 FLOPs")
+    hidden += tuple(k for k in first if all(row[k] is None for row in rows))
+    common.print_table([{k: "" if v is None else v for k, v in row.items() if k not in hidden} for row in rows])
+    for n, row in enumerate(rows, 1):
+        which = f"  row {n}: " if len(rows) > 1 else "  "
+        print(which + f"{row['params_total']:,} parameters: " + ", ".join(map(part_line, *zip(*row["parts"].items()))))
+        if row["paper"]:
+            print(which + "the paper: " + ", ".join(f"{k} {v}" for k, v in row["paper"].items()))
+    print()
+
+
+def part_line(name: str, part: dict) -> str:
+    said = ([f"{part['params']:,}"] if "params" in part else []) + (
+        [f"{part['gflops']:.2f} GFLOPs"] if "gflops" in part else [])
+    return f"{name} {' with '.join(said)}"
+
+
+def show_tables(args: argparse.Namespace, process: Process) -> None:
+    """Every row of the papers' tables that describes a configuration."""
+    rows = [row for name in ([args.method] if args.method else METHODS) for row in table_rows(name)]
+    if process.rank == 0:
+        if args.json != "-":
+            for key in dict.fromkeys((row["method"], row["table"]) for row in rows):
+                print_rows([row for row in rows if (row["method"], row["table"]) == key])
+            print("Our sizes are exact for the command; a * has a note. The figures behind them are the papers', "
+                  "measured by their authors; columns with + or g are of --dataset refcoco+ and refcocog_umd or "
+                  "refcocog_google. For DATA see the README.")
+        common.write_result(args.json, rows)
+
+
+@lru_cache(maxsize=None)
+def row_sizes(name: str, c) -> dict[str, float]:
+    """common.sizes of a configuration, built on the meta device; `percent` of the towers that is tuned, and for
+    Shared-RIS, whose tables have them, multiply-adds."""
+    with torch.device("meta"):
+        model = load_method(name).Model(c, "random")
+    sizes = common.sizes(model)
+    sizes["percent"] = 100 * sizes["tuned"] / sizes["backbone"]
+    if name == "shared_ris":
+        sizes |= {f"{part}_gmacs": n / 2 for part, n in common.forward_gflops(model).items()}
+    return sizes
+
+
+def table_rows(paper: str) -> list[dict]:
+    """The rows of a paper's tables."""
+    out = []
+    for number, table in load_method(paper).TABLES.items():
+        for row in table.rows:
+            name = row.flags.get("method", paper)
+            sizes = row_sizes(name, common.row_config(load_method(name), row, table)[0])
+            match = all(common.agrees(sizes[k], p) for k, p in row.printed.items()) if row.printed else None
+            out.append(dict(method=paper, table=number, row=row.name, command=common.train_command(paper, row, table),
+                            ours={k: round(sizes[k], 2) for k in row.printed or ("tuned", "head")}, printed=row.printed,
+                            match=match, note=row.note, quoted=dict(zip(table.columns, row.quoted))))
+    return out
+
+
+def print_rows(rows: list[dict]) -> None:
+    """A table, for people: the sizes, the figures that the paper quotes, the command; notes below."""
+    print(f"{rows[0]['method']}, Table {rows[0]['table']}")
+    shown = []
+    for row in rows:
+        sizes = ", ".join(f"{k} {n:,}" for k, n in row["ours"].items())
+        theirs = ", ".join(row["printed"].values()) or "-"
+        same = "" if not row["printed"] else "=" if row["match"] else "differs"
+        shown.append({"row": row["row"], "ours": sizes, "printed": theirs, "": same + "*" * bool(row["note"])}
+                     | {k: "" if v is None else f"{v:.2f}" for k, v in row["quoted"].items()}
+                     | {"command": row["command"]})
+    common.print_table(shown, left=("row", "command"))
+    for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
+        print("  * " + ", ".join(row["row"] for row in rows if row["note"] == note) + ": " + note)
+    print()
 
 
 def varied(args: argparse.Namespace, method, names: tuple[str, str, str]) -> list[dict]:
@@ -349,7 +434,7 @@ def varied(args: argparse.Namespace, method, names: tuple[str, str, str]) -> lis
     flags = common.config_flags(args, method.Config) | dict(tune=args.tune or method.TUNES[0])
     out = [flags]
     for name in args.vary:
-        values = method.TUNES if name == "tune" else common.choices(method.Config, name)
+        values = [t for t in method.TUNES if "+" not in t] if name == "tune" else common.choices(method.Config, name)
         out += [flags | {name: v} for v in values if v != getattr(method.config(*names, **flags), name)]
     return out
 
@@ -375,7 +460,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--text", help="a sentence about it")
     p.add_argument("--out", metavar="FILE.png", help="the picture with its mask or box")
     p.add_argument("--mask", metavar="FILE.png", help="the mask alone, in the picture's size")
-    p.add_argument("--efficiency", action="store_true", help="parameters, FLOPs, memory, time")
+    p.add_argument("--efficiency", action="store_true", help="parameters, FLOPs, bytes for backward, of the optimizer "
+                   "and of a checkpoint")
+    p.add_argument("--time", type=int, nargs="?", const=5, default=0, metavar="N",
+                   help="with --efficiency: seconds too, the median of N times (5)")
+    p.add_argument("--tables", action="store_true", help="the papers' tables: how to train a row, our sizes and theirs")
     p.add_argument("--vary", default=[], type=lambda s: s.replace("-", "_").split(","), metavar="SETTING,...",
                    help="with --efficiency: a row for each value of tune, insertion, ...")
     p.add_argument("--method", choices=METHODS)
@@ -385,26 +474,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--json", metavar="FILE", help="- for standard output, and then nothing else goes there")
     p.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     known, _ = p.parse_known_args(argv)
-    if known.efficiency:
-        method = load_method(known.method or METHODS[0])
-        common.add_config_flags(p, method.Config)
-        for name, given, names in (("backbone", known.backbone, method.BACKBONES),
-                                   ("variant", known.variant, method.VARIANTS), ("tune", known.tune, method.TUNES)):
-            if given is not None and given not in names:
-                p.error(f"--{name} {given}: {method.__name__} has {', '.join(names)}")
-    else:  # with --efficiency these two are settings of the method
+    if known.efficiency and known.method:
+        common.add_config_flags(p, load_method(known.method).Config)
+    if not known.efficiency:  # with it these two are settings of the method
         p.add_argument("--threshold", type=float, help="on the sigmoid, for --image; default: the method's")
         p.add_argument("--batch-size", type=int, default=16)
     args = p.parse_args(argv)
-    if bool(args.ckpt) == args.efficiency:
-        p.error("give --ckpt RUN, or --efficiency")
-    ignored = [n for n in ("method", "backbone", "variant", "tune") if args.ckpt and getattr(args, n)]
-    if ignored:
-        p.error(f"--{ignored[0]} goes with --efficiency; a checkpoint knows its own")
-    if args.vary and args.ckpt:
-        p.error("--vary goes with --efficiency")
+    if bool(args.ckpt) + args.efficiency + args.tables != 1:
+        p.error("give one of --ckpt RUN, --efficiency and --tables")
+    mode = "ckpt" if args.ckpt else "tables" if args.tables else "efficiency"
+    names = {"method", "backbone", "variant", "tune"}
+    settings = {k for k in vars(args) if p.get_default(k) is common.MISSING}
+    fits = dict(ckpt=vars(args).keys() - names - {"vary", "time"}, tables={"method"},
+                efficiency=names | {"vary", "time"} | settings)[mode]
+    for name, value in vars(args).items():
+        if value != p.get_default(name) and name not in fits | {mode, "json", "device"}:
+            p.error(f"--{name.replace('_', '-')} does not go with --{mode}" +
+                    ("; a checkpoint knows its own" if name in names else ""))
+    for name in ("backbone", "variant") if args.efficiency and not args.method else ():
+        if getattr(args, name):
+            p.error(f"--{name} goes with --method")
+    methods = [load_method(n) for n in ([args.method] if args.method else METHODS if args.tune else [])]
+    for name in ("backbone", "variant", "tune") if methods else ():
+        known = dict.fromkeys(n for m in methods for n in getattr(m, name.upper() + "S"))
+        if getattr(args, name) not in (None, *known):
+            p.error(f"--{name} {getattr(args, name)}: there are {', '.join(known)}")
     of_split = dict(share=args.share != "on", by_size=args.by_size, protocol=args.protocol != "default")
-    if any(of_split.values()) and (args.efficiency or args.image):
+    if any(of_split.values()) and (not args.ckpt or args.image):
         p.error(f"--{max(of_split, key=of_split.get).replace('_', '-')} goes with a split's metrics")
     if args.ckpt and args.threshold is not None and not args.image:
         p.error("--threshold goes with --image; metrics are measured at the method's own")
@@ -412,8 +508,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error("--image and --text go together")
     if args.ckpt and args.threshold is not None and not 0 < args.threshold < 1:
         p.error(f"--threshold {args.threshold}: a number between 0 and 1")
-    if args.ckpt and args.batch_size < 1 or args.workers < 0 or args.draw_count < 1:
-        p.error("--batch-size and --draw-count must be positive, --workers not negative")
+    if args.ckpt and args.batch_size < 1 or args.workers < 0 or args.draw_count < 1 or args.time < 0:
+        p.error("--batch-size and --draw-count must be positive, --workers and --time not negative")
     return args
 
 
@@ -425,6 +521,8 @@ def main(argv: list[str] | None = None) -> None:
     process = common.start(tiny=str(backbone).startswith("tiny"), device=args.device)
     if args.efficiency:
         show_efficiency(args, process)
+    elif args.tables:
+        show_tables(args, process)
     elif args.image:
         if process.rank == 0:
             predict(args, process)

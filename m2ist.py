@@ -14,6 +14,7 @@ vision-language encoder reads both results behind a [REG] token, which becomes t
     Sec. III-B b         side networks                 M3ISA, M2IST.side
     Sec. III-B c, Eq. 6  loss                          M2IST.loss
     Fig. 3, Table VII    forms of insertion            M2IST.inserted, Config.insertion
+    Tables I to X        their rows                    TABLES; Config.tune, .mha_adapter, .ffn_adapter, ...
 
 The side networks, for layer i of vision (v) and its partner in language (l); the paper has no formula for them:
 
@@ -29,7 +30,7 @@ Deviations (the paper is silent, contradicts its printed figures, or its public 
     public code puts BERT's frozen norms behind each adapter of the text, where they cancel s.
   * Language layers are 7 to 12, as in Table VIII; the public code has 1 to 6, and runs their norms twice.
   * Projections have biases, which start at 0; weights are Kaiming normal. The public code's are Xavier, N(0, 0.02) and
-    biases up to 1. 2.96 M are trained in the adapters; the printed 3.19 M are met by counting 0.2 M twice (PRINTED).
+    biases up to 1. 2.96 M are trained in the adapters; the printed 3.19 M are met by counting 0.2 M twice (TABLES).
   * Frozen encoders are in eval mode; the public code leaves their dropout on. --tune full trains as TransVG does:
     without the ResNet's stem and first stage, and all its BatchNorms frozen.
   * lambda is not printed: 1, the public code's, which has L1 where Eq. 6 has smooth L1 (smooth_l1_beta 0).
@@ -55,9 +56,9 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou_loss
 from transformers import BertConfig, BertModel
 
-from common import (CLS, LONGEST_WORDPIECE, SEP, Preprocess, UserError, bert_state, bert_vocabulary, bert_wordpieces,
-                    check_config, detr_state, dice_loss, fetch, in_full_precision, load_exactly, read_weights,
-                    sha256)
+from common import (BASELINES, CLS, COMBINED, LONGEST_WORDPIECE, SEP, Preprocess, Row, Table, UserError, add_baseline,
+                    baseline_dims, baseline_of, bert_state, bert_vocabulary, bert_wordpieces, check_config, detr_state,
+                    dice_loss, fetch, in_full_precision, load_exactly, named, prompted, prompts, read_weights, sha256)
 
 BACKBONES = {  # Sec. III-A
     "detr-resnet-50": dict(
@@ -71,7 +72,7 @@ BACKBONES = {  # Sec. III-A
 }
 STRIDES = dict(layer1=4, layer2=8, layer3=16, layer4=32)
 VARIANTS = ("m2ist",)
-TUNES = ("method", "frozen", "full")
+TUNES = ("method", "frozen", "full", *BASELINES, *COMBINED)
 RELEASED_CODE = True  # so there is another way to evaluate (evaluate.PROTOCOLS)
 MIX = Literal["iea", "vea+lea", "vea", "lea", "none"]
 
@@ -83,6 +84,7 @@ class Config:
     backbone: str = "detr-resnet-50"        # Sec. IV-B
     variant: str = "m2ist"
     tune: str = "method"                    # Table V; "frozen" = row (a), the V-L encoder alone; "full" = Table I
+    baseline_dims: tuple[int, ...] = ()     # of what else --tune names (common.BASELINES): for pictures, for words
     # architecture
     image_size: int = 640                   # pixels, a multiple of 32
     words: int = 20                         # wordpieces with [CLS] and [SEP]; 40 for RefCOCOg
@@ -137,7 +139,10 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
                   vl_position="content", token_loss=1.0, augment=False, steps=5000, batch_size=16, lr=5e-4,
                   adapter_lr=2.0, tower_lr=2.0, weight_decay=0.01, schedule="cosine", milestones=(), warmup=50,
                   clip_norm=1.0, val_every=500)
-    if flags.get("tune") in ("frozen", "full"):
+    tune, wide = flags.get("tune", "method"), (128, 128)  # C_d, Sec. IV-C
+    c |= dict(baseline_dims=baseline_dims(tune, backbone == "tiny", adapter=wide, adaptformer=wide, lora=(55, 55),
+                                          conv_adapter=(128, 0)))
+    if not tune.startswith("method"):
         c |= dict(mha_adapter="none", ffn_adapter="none")
     c = Config(**(c | flags))
     detr, text_layers = BACKBONES[backbone]["detr"], BertConfig(**BACKBONES[backbone]["bert"]).num_hidden_layers
@@ -149,47 +154,94 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
     check_config(
         c, vision_layers=(rising(c.vision_layers, layers), f"rising numbers, 0 to {layers - 1}"),
         image_size=(c.image_size % stride == 0, f"a multiple of {stride}"),
-        words=(3 <= c.words <= 512, "3 to 512 wordpieces, what BERT reads"),
+        words=(3 <= c.words <= 512 - prompts(c), f"3 to {512 - prompts(c)} wordpieces, what BERT reads"),
         text_layers=(rising(c.text_layers, text_layers) and len(c.text_layers) == len(c.vision_layers),
                      f"rising numbers, 0 to {text_layers - 1}, one for each of vision_layers"),
         interaction_dim=(c.interaction_dim <= dim, f"at most {dim}, the width of the vision encoder"),
         vl_heads=(lambda: c.vl_dim % c.vl_heads == 0, f"a divisor of vl_dim, {c.vl_dim}"),
-        tune=(c.tune == "method" or c.mha_adapter == c.ffn_adapter == "none", "method, where there are adapters"))
+        tune=(c.tune.startswith("method") or c.mha_adapter == c.ffn_adapter == "none",
+              "method, where there are adapters"))
     return c
 
 
-# Flags, what the paper prints for what we understand to be these (encoder parameters that are trained, GB of GPU memory
-# at batch size 64), and where. Its public code counts W_shared under both encoders (198,144; S) and 198,274 parameters
-# that nothing uses (V).
-PRINTED = [
-    ({}, "3.19M", 15.44, "Tables I to X; 2,962,944 here. The public code's 2,987,520 and S or V are 3.19M"),
-    (dict(tune="frozen"), "0", 14.32, "Table V (a)"),
-    (dict(tune="full"), "151M", 38.95, "Table I; with DETR's decoder and BERT's pooler, which are not in the model"),
-    (dict(adapter_dim=8), "1.91M", None, "Table II, C_d = 8; with S and V"),
-    (dict(adapter_dim=32), "2.20M", None, "Table II, C_d = 32; with S and V, but at C_d = 128 with one of them"),
-    (dict(mha_adapter="none", ffn_adapter="lea"), "0.59M", 14.90, "Table V (b); only the sum with (c) is met"),
-    (dict(mha_adapter="none", ffn_adapter="vea"), "1.02M", 14.52, "Table V (c); only the sum with (b) is met"),
-    (dict(mha_adapter="none"), "1.61M", 15.09, "Table V (d); with the LayerNorms of the public code"),
-    (dict(ffn_adapter="none"), "1.58M", 14.84, "Table V (e); with S"),
-    (dict(mha_adapter="vea+lea"), "3.22M", 15.65, "Table VI (a); twice Table V (d)"),
-    (dict(ffn_adapter="iea"), "3.17M", 14.84, "Table VI (b); about twice Table V (e)"),
-    (dict(mha_adapter="vea+lea", ffn_adapter="iea"), "3.19M", 15.38, "Table VI (c); as (d)"),
-    (dict(insertion="sequential"), "3.19M", 27.19, "Table VII (a); as (c)"),
-    (dict(insertion="parallel"), "3.19M", 20.37, "Table VII (b); as (c)"),
-    (dict(text_layers=(0, 1, 2, 3, 4, 5)), "3.19M", None, "Table VIII (a)"),
-    (dict(text_layers=(0, 2, 4, 6, 8, 10)), "3.19M", None, "Table VIII (b)"),
-    (dict(interaction_dim=64), "2.00M", 15.34, "Table IX (a); a larger C_i has fewer. 2.00M is C_d = 32 with V"),
-    (dict(interaction_dim=128), "2.40M", 15.35, "Table IX (b); a larger C_i has fewer. 2.40M is C_d = 64 with V"),
-]
-
-
-def printed(c: Config) -> dict:
-    """What the paper prints of this configuration: parameters, and GB of GPU memory at batch size 64."""
-    for flags, params, memory, source in PRINTED:
-        if c == config(**flags):
-            row = {"params_backbone" if c.tune == "full" else "params_adapter": params, "source": source}
-            return row | (dict(memory_gb_at_64=memory) if memory else {})
-    return {}
+NINE = ("val", "testA", "testB", "+ val", "+ testA", "+ testB", "g val-g", "g val-u", "g test-u")  # RefCOCO, +, g
+FOUR = ("GB at 64", "val", "testA", "testB")  # of GPU memory, at batch size 64
+TWICE = "W_shared counted under both encoders"
+IDLE = "198,274 parameters that nothing uses"
+SIZE = f"the public code has 2,987,520 in them, 3.19M with {TWICE}, or with {IDLE}"
+FULL = "with DETR's decoder and BERT's pooler, which are not in the model, it has 151.0M; the first stage is frozen"
+NOWHERE = "cannot be had from the paper: "
+BEHIND = NOWHERE + "here 128 wide, one behind each feed-forward network of both encoders, as C_d asks"
+TABLES = {  # accuracies at IoU 0.5
+    "I": Table(("GB at 64", *NINE), [
+        Row("Fully fine-tuning", dict(tune="full"), dict(tuned="151M"),
+            (38.95, 80.32, 82.67, 75.24, 63.50, 68.15, 55.63, 66.56, 67.66, 67.44), FULL),
+        Row("Adapter", dict(tune="adapter"), dict(tuned="3.27M"),
+            (28.52, 78.02, 79.89, 75.23, 61.35, 66.34, 54.21, 63.18, 65.26, 66.65), BEHIND),
+        Row("LoRA", dict(tune="lora"), dict(tuned="2.37M"),
+            (20.37, 77.57, 78.22, 73.37, 61.24, 66.53, 53.95, 64.27, 67.36, 66.43),
+            "its rank is not printed: 55, for queries and values of all layers, was chosen to fit"),
+        Row("AdaptFormer", dict(tune="adaptformer"), dict(tuned="2.38M"),
+            (20.37, 76.32, 77.16, 73.94, 60.96, 65.19, 53.88, 61.81, 65.44, 64.37),
+            "several fit, among them BERT's alone (2,370,048 and a LayerNorm); here beside both, as C_d asks"),
+        Row("CM Adapter", dict(ffn_adapter="iea", insertion="sequential"), dict(tuned="3.27M"),
+            (27.19, 77.37, 78.81, 74.07, 61.34, 66.10, 53.31, 63.93, 65.75, 64.72),
+            NOWHERE + "here adapters that share weights across the encoders, IEA, behind both sublayers"),
+        Row("MRS-Adapter", dict(mha_adapter="none", insertion="parallel"), dict(tuned="1.58M"),
+            (20.07, 77.14, 77.80, 74.80, 61.13, 66.38, 53.13, 63.07, 66.46, 65.16),
+            "of its form only the size is known; VEA and LEA beside six layers of each encoder have it"),
+        Row("M2IST", {}, dict(tuned="3.19M"),
+            (15.44, 81.35, 82.29, 77.98, 63.15, 67.11, 55.52, 67.50, 67.67, 67.41), SIZE)]),
+    "II": Table(NINE, [
+        Row("C_d = 8", dict(adapter_dim=8), dict(tuned="1.91M"),
+            (81.55, 83.07, 77.31, 62.73, 66.96, 55.93, 65.47, 66.79, 66.30), f"1.91M with {TWICE}, and {IDLE}"),
+        Row("C_d = 32", dict(adapter_dim=32), dict(tuned="2.20M"),
+            (81.03, 82.34, 77.54, 62.48, 66.73, 55.70, 66.22, 67.42, 67.83), f"2.20M with {TWICE}, and {IDLE}"),
+        Row("C_d = 128", {}, dict(tuned="3.19M"),
+            (81.35, 82.29, 77.98, 63.15, 67.11, 55.52, 67.50, 67.67, 67.41), SIZE)]),
+    "IV": Table(("GB at 64", "val", "test"), [
+        Row("Adapter", dict(tune="adapter"), dict(tuned="3.27M"), (28.52, 57.28, 56.89), BEHIND),
+        Row("M2IST", {}, dict(tuned="3.19M"), (15.44, 60.61, 59.30), SIZE)], "refclef"),
+    "V": Table(FOUR, [
+        Row("(a) none", dict(tune="frozen"), dict(tuned="0"), (14.32, 72.72, 73.33, 71.27)),
+        Row("(b) LEA", dict(mha_adapter="none", ffn_adapter="lea"), dict(tuned="0.59M"), (14.90, 77.08, 77.82, 73.38),
+            NOWHERE + "BERT is the wider encoder; only the sum with (c) is met"),
+        Row("(c) VEA", dict(mha_adapter="none", ffn_adapter="vea"), dict(tuned="1.02M"), (14.52, 78.30, 78.95, 73.58),
+            NOWHERE + "only the sum with (b) is met"),
+        Row("(d) LEA, VEA", dict(mha_adapter="none"), dict(tuned="1.61M"), (15.09, 79.39, 79.18, 74.41),
+            "1.61M with the LayerNorms of the public code"),
+        Row("(e) IEA", dict(ffn_adapter="none"), dict(tuned="1.58M"), (14.84, 78.85, 79.01, 73.87),
+            f"1.58M with {TWICE}"),
+        Row("(f) LEA, VEA, IEA", {}, dict(tuned="3.19M"), (15.44, 81.35, 82.29, 77.98), SIZE)]),
+    "VI": Table(FOUR, [
+        Row("(a) LEA+VEA, LEA+VEA", dict(mha_adapter="vea+lea"), dict(tuned="3.22M"), (15.65, 79.87, 80.52, 76.33),
+            "twice Table V (d)"),
+        Row("(b) IEA, IEA", dict(ffn_adapter="iea"), dict(tuned="3.17M"), (14.84, 78.72, 80.05, 76.01),
+            "about twice Table V (e)"),
+        Row("(c) LEA+VEA, IEA", dict(mha_adapter="vea+lea", ffn_adapter="iea"), dict(tuned="3.19M"),
+            (15.38, 80.58, 81.26, 76.65), SIZE),
+        Row("(d) IEA, LEA+VEA", {}, dict(tuned="3.19M"), (15.44, 81.35, 82.29, 77.98), SIZE)]),
+    "VII": Table(FOUR, [
+        Row("(a) Sequential", dict(insertion="sequential"), dict(tuned="3.19M"), (27.19, 78.76, 80.25, 74.90), SIZE),
+        Row("(b) Parallel", dict(insertion="parallel"), dict(tuned="3.19M"), (20.37, 78.29, 78.71, 75.30), SIZE),
+        Row("(c) Side", {}, dict(tuned="3.19M"), (15.44, 81.35, 82.29, 77.98), SIZE)]),
+    "VIII": Table(("val", "testA", "testB"), [
+        Row("(a) 1 to 6", dict(text_layers=(0, 1, 2, 3, 4, 5)), {}, (80.65, 81.86, 77.39)),
+        Row("(b) 1, 3, 5, ... 11", dict(text_layers=(0, 2, 4, 6, 8, 10)), {}, (80.83, 81.76, 77.54)),
+        Row("(c) 7 to 12", {}, {}, (81.35, 82.29, 77.98))]),
+    "IX": Table(FOUR, [
+        Row("(a) C_i = 64", dict(interaction_dim=64), dict(tuned="2.00M"), (15.34, 77.31, 77.87, 73.27),
+            NOWHERE + f"a larger C_i has fewer parameters. C_d = 32 has 2.00M with {IDLE}"),
+        Row("(b) C_i = 128", dict(interaction_dim=128), dict(tuned="2.40M"), (15.35, 79.26, 79.58, 74.60),
+            NOWHERE + f"a larger C_i has fewer parameters. C_d = 64 has 2.40M with {IDLE}"),
+        Row("(c) C_i = 256", {}, dict(tuned="3.19M"), (15.44, 81.35, 82.29, 77.98), SIZE)]),
+    "X": Table(FOUR, [
+        Row("Full", dict(tune="full"), dict(tuned="151M"), (38.95, 80.32, 82.67, 75.24), FULL),
+        Row("LoRA", dict(tune="lora"), dict(tuned="2.37M"), (20.37, 77.57, 78.22, 73.37), "see Table I"),
+        Row("M2IST", {}, dict(tuned="3.19M"), (15.44, 81.35, 82.29, 77.98), SIZE),
+        Row("M2IST+LoRA", dict(tune="method+lora"), dict(tuned="6.46M"), (21.68, 81.83, 82.83, 77.54),
+            "3.19 + 2.37 are 5.56; 6.46 is 3.19 and the 3.27 of Table I's Adapter")]),
+}
 
 
 def leak(weights: str, dataset: str) -> str:
@@ -388,10 +440,10 @@ class M2IST(nn.Module):
         self.detr, self.bert = build_encoders(c.backbone, weights)
         detr = BACKBONES[c.backbone]["detr"]
         widths = dict(vision=detr["dim"], text=self.bert.config.hidden_size)
-        pairs = len(c.vision_layers) if c.tune == "method" else 0
+        pairs = len(c.vision_layers) if c.tune.startswith("method") else 0
         self.m3isa = nn.ModuleList(M3ISA(c, widths) for _ in range(pairs))
         self.visu_proj, self.text_proj = (nn.Linear(w, c.vl_dim) for w in widths.values())
-        n = 1 + c.words + (c.image_size // STRIDES[detr["stage"]]) ** 2
+        n = 1 + prompts(c) + c.words + (c.image_size // STRIDES[detr["stage"]]) ** 2
         self.reg = nn.Embedding(1, c.vl_dim)
         self.vl_position = nn.Embedding(n, c.vl_dim)
         self.vl_encoder = nn.ModuleList(EncoderLayer(c.vl_dim, c.vl_heads, c.vl_ffn, c.vl_dropout)
@@ -403,12 +455,14 @@ class M2IST(nn.Module):
             encoder.requires_grad_(c.tune == "full")
         for name in BACKBONES[c.backbone]["frozen"]:
             getattr(self.detr.body, name).requires_grad_(False)
-        self.graph = c.tune == "full" or pairs > 0 and c.insertion != "side"  # through the encoders
+        self.baseline = add_baseline(c, named(self.detr), named(self.bert), self.bert.embeddings.word_embeddings)
+        # through the encoders
+        self.graph = c.tune == "full" or baseline_of(c.tune) != "" or pairs > 0 and c.insertion != "side"
         self.features_key = "" if self.graph else str(c.vision_layers)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """What the parameter tables count."""
-        return dict(backbone=[self.detr, self.bert], adapter=[self.m3isa],
+        return dict(backbone=[self.detr, self.bert], adapter=[self.m3isa, *self.baseline],
                     head=[self.visu_proj, self.text_proj, self.reg, self.vl_position, self.vl_encoder, self.head])
 
     def train(self, mode: bool = True) -> M2IST:
@@ -423,7 +477,7 @@ class M2IST(nn.Module):
         if not hasattr(self, "wordpieces"):  # made here, after a checkpoint may have brought its vocabulary
             self.wordpieces = bert_wordpieces(self.bert.vocabulary)
         rows = [[CLS, *ids[:self.c.words - 2], SEP] for ids in self.wordpieces(list(sentences))]
-        return torch.tensor([ids + [0] * (self.c.words - len(ids)) for ids in rows])
+        return prompted(torch.tensor([ids + [0] * (self.c.words - len(ids)) for ids in rows]), self.c)
 
     def run(self, x: Tensor, layers: list, branch: str, where: tuple[int, ...], pad: Tensor) -> Encoded:
         """A post-norm encoder over tokens x (B, N, C), whose layers `where` have M3ISA in or beside them."""

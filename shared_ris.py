@@ -13,7 +13,7 @@ of the sentence's first token. Everything is trained. No code of the authors is 
     Sec. III-C, Eq. 10-11    mask prediction           SharedMaskDecoder
     Sec. III-D, Eq. 12       loss                      SharedRIS.loss
     Fig. 5                   bi-directional fusion     BiDirection
-    Tables III, V, VII-VIII  other stages and fusions  Config.stages, .shared_layers, .fpn_fusion, .decoder_fusion
+    Tables I to IX           their rows                TABLES; Config.stages, .shared_layers, .fpn_fusion, ...
 
 Deviations (where the paper is silent or contradicts itself, its printed figures or BEiT-3's weights):
   * Eq. 4 and 5 draw one MSA and one LN for both modalities. In BEiT-3's weights each modality has its own of everything
@@ -43,7 +43,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -51,8 +51,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import (PAD, Preprocess, SentencePieces, UserError, beit3_state, check_config, dice_loss, download,
-                    in_full_precision, load_exactly, read_weights)
+from common import (BASELINES, PAD, Preprocess, Row, SentencePieces, Table, UserError, add_baseline, baseline_dims,
+                    beit3_state, check_config, dice_loss, download, in_full_precision, load_exactly, named,
+                    prompted, prompts, read_weights)
 
 BACKBONES = {  # Sec. IV-A; std: linear layers start as a normal distribution cut at one std, as in BEiT-3
     "beit3-base": dict(layers=12, dim=768, heads=12, ffn=3072, patch=16, rows=64010, words=1022, std=0.02),
@@ -61,7 +62,7 @@ BACKBONES = {  # Sec. IV-A; std: linear layers start as a normal distribution cu
 }
 RELEASED = "https://github.com/addf400/files/releases/download/beit3/"
 VARIANTS = ("shared_ris",)
-TUNES = ("method", "frozen", "full")  # the method is full tuning
+TUNES = ("method", "frozen", "full", *BASELINES)  # the method is full tuning
 FUSION = Literal["self", "cross", "bi"]
 
 
@@ -72,6 +73,7 @@ class Config:
     backbone: str = "beit3-base"            # Sec. IV-A
     variant: str = "shared_ris"
     tune: str = "method"                    # "full" is the same; "frozen": not the paper's
+    baseline_dims: tuple[int, ...] = ()     # of what else --tune names (common.BASELINES): for A, for B
     # architecture
     image_size: int = 480                   # pixels, a multiple of the patch size
     words: int = 64                         # tokens with start and end
@@ -112,11 +114,14 @@ def config(backbone: str = "beit3-base", variant: str = "shared_ris", dataset: s
     if backbone == "tiny":
         c |= dict(image_size=64, stages=(1, 2, 3, 4), head_dim=64, head_heads=2, drop_path=0.0, steps=2400,
                   batch_size=16, lr=2e-3, tower_lr=0.5, weight_decay=0.01, warmup=50, val_every=300)
+    c |= dict(baseline_dims=baseline_dims(flags.get("tune", "method"), backbone == "tiny"))
+    if (backbone, flags.get("tune")) == ("tiny", "coop"):
+        c |= dict(words=56)  # and 8 prompts
     c = Config(**(c | flags))
     b = BACKBONES[backbone]
     check_config(
         c, image_size=(c.image_size % b["patch"] == 0, f"a multiple of the patch size, {b['patch']}"),
-        words=(3 <= c.words <= b["words"], f"3 to {b['words']} tokens"),
+        words=(3 <= c.words <= b["words"] - prompts(c), f"3 to {b['words'] - prompts(c)} tokens"),
         stages=(not c.stages or list(c.stages) == sorted(c.stages) and c.stages[0] > 0 and c.stages[-1] == b["layers"],
                 f"rising numbers from 1 on, the last of them {b['layers']}, or none"),
         head_heads=(lambda: c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
@@ -127,22 +132,47 @@ def config(backbone: str = "beit3-base", variant: str = "shared_ris", dataset: s
     return c
 
 
-# Flags, what the paper prints for them, and where. Its GFLOPs are fvcore's, multiply-adds: half of ours.
-PRINTED = [
-    ({}, dict(params_fpn="8M", gmacs_fpn=9, params_decoder="9M", gmacs_decoder=50,
-              source="Tables V and VII; Eq. 6 and 7 have 6,830,592, and with one more Linear(512, 512) a stage 7.88M")),
-    (dict(stages=(6, 12)), dict(params_fpn="4M", gmacs_fpn=5, source="Table VII (a)")),
-    (dict(stages=(4, 8, 12)), dict(params_fpn="6M", source="Table VII (a)")),
-    (dict(fpn_fusion="cross"), dict(params_fpn="8M", gmacs_fpn=6, source="Table VII (b); as many as self-attention")),
-    (dict(fpn_fusion="bi"), dict(params_fpn="37M", gmacs_fpn=22, source="Table VII (b)")),
-    (dict(shared_layers=0), dict(params_decoder="5M", gmacs_decoder=46, source="Table V, No Fusion")),
-]
-
-
-def printed(c: Config) -> dict:
-    """What the paper prints of the sizes of this configuration."""
-    c = replace(c, tune="method", checkpointing=False)
-    return next((row for flags, row in PRINTED if c == config(**flags)), {})
+NINE = ("val", "testA", "testB", "+ val", "+ testA", "+ testB", "g val-u", "g test-u", "g val-g")  # RefCOCO, +, g
+FPN = ("Eq. 6 and 7 have no more; with one more Linear(512, 512) a stage there would be {}M. The paper counts with "
+       "fvcore, which leaves out half of the attention's products")
+TABLES = {  # of III to VIII on the val split; GMACs are what the paper calls GFLOPs
+    "I": Table(NINE, [  # oIoU
+        Row("Shared-RIS", {}, {}, (74.83, 76.83, 71.83, 68.42, 72.83, 61.63, 68.66, 69.38, 65.65))]),
+    "III": Table(("Pr@0.5", "Pr@0.7", "Pr@0.9", "oIoU", "mIoU"), [
+        Row("neither", dict(stages=(), shared_layers=0), {}, (79.36, 64.70, 10.16, 65.12, 66.40)),
+        Row("FPN", dict(shared_layers=0), {}, (81.87, 70.25, 13.59, 67.31, 69.10)),
+        Row("decoder", dict(stages=()), {}, (81.39, 69.53, 13.42, 66.25, 68.38)),
+        Row("FPN, decoder", {}, {}, (82.77, 72.12, 16.87, 68.42, 70.34))], "refcoco+"),
+    "IV": Table(("oIoU", "mIoU"), [  # its other rows are other papers'; the cells are missing in our copy
+        Row("Shared FPN", {}, {}, (None, None))], "refcoco+"),
+    "V": Table(("oIoU", "mIoU"), [
+        Row("No Fusion", dict(shared_layers=0), dict(decoder="5M", decoder_gmacs="46"), (67.31, 67.71),
+            "Table III has an mIoU of 69.10 for it"),
+        Row("Shared Decoder", {}, dict(decoder="9M", decoder_gmacs="50"), (68.42, 70.34))], "refcoco+"),
+    "VII": Table(("oIoU", "mIoU"), [
+        Row("No FPN", dict(stages=()), {}, (66.25, 68.38)),
+        Row("(a) {6, 12}", dict(stages=(6, 12)), dict(fpn="4M", fpn_gmacs="5"), (67.74, 69.89), FPN.format(3.94)),
+        Row("(a) {4, 8, 12}", dict(stages=(4, 8, 12)), dict(fpn="6M"), (68.13, 70.24), FPN.format(5.91)),
+        Row("(a) {3, 6, 9, 12}", {}, dict(fpn="8M", fpn_gmacs="9"), (68.42, 70.34), FPN.format(7.88)),
+        Row("(b) Cross-attention", dict(fpn_fusion="cross"), dict(fpn="8M", fpn_gmacs="6"), (66.98, 69.20),
+            FPN.format(7.88) + ". The GMACs cannot be had"),
+        Row("(b) Bi-direction", dict(fpn_fusion="bi"), dict(fpn="37M", fpn_gmacs="22"), (68.19, 70.02),
+            FPN.format("37.3")),
+        Row("(b) Shared self-attention", {}, dict(fpn="8M", fpn_gmacs="9"), (68.42, 70.34), FPN.format(7.88))],
+        "refcoco+"),
+    "VIII": Table(("oIoU", "mIoU"), [  # most of its cells are missing in our copy
+        Row("(a) no layer", dict(shared_layers=0), {}, (67.31, None)),
+        Row("(a) 1 layer", {}, {}, (68.42, 70.34)),
+        Row("(a) 2 layers", dict(shared_layers=2), {}, (None, None)),
+        Row("(b) Cross-attention", dict(decoder_fusion="cross"), {}, (None, None)),
+        Row("(b) Bi-direction", dict(decoder_fusion="bi"), {}, (None, None)),
+        Row("(b) Shared self-attention", {}, {}, (68.42, 70.34))], "refcoco+"),
+    "IX": Table(NINE, [  # mIoU
+        Row("ViT-B", {}, {}, (75.50, 76.66, 73.03, 70.34, 73.75, 65.07, 68.50, 69.17, 66.65)),
+        Row("ViT-L", dict(backbone="beit3-large"), {}, (78.09, 79.30, 76.33, 73.70, 76.65, 68.88, 71.88, 72.16, 71.14)),
+        Row("ViT-L, combined", dict(backbone="beit3-large", dataset="mixed"), {},
+            (82.73, 83.44, 81.6, 78.13, 80.07, 74.12, 75.34, 77.34, 76.58))]),
+}
 
 
 def leak(weights: str, dataset: str) -> str:
@@ -396,24 +426,28 @@ class SharedRIS(nn.Module):
         self.fpn = SharedFPN(c, BACKBONES[c.backbone]["dim"])
         self.decoder = SharedMaskDecoder(c)
         self.preprocess = Preprocess(c.image_size, "stretch", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        self.beit3.requires_grad_(c.tune != "frozen")
+        self.trains = c.tune in ("method", "full")
+        self.beit3.requires_grad_(self.trains)
+        a, b = ({name.replace(f".{x}", ""): m for name, m in named(self.beit3).items() if f".{y}" not in name}
+                for x, y in ("AB", "BA"))
+        self.baseline = add_baseline(c, a, b, self.beit3.text_embed)
         # nothing reads these here, so nothing can train them
         self.beit3.mask_token.requires_grad_(False)
         self.beit3.layer_norm.requires_grad_(False)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """What the parameter tables count."""
-        return dict(backbone=[self.beit3], adapter=[], head=[self.fpn, self.decoder])
+        return dict(backbone=[self.beit3], adapter=self.baseline, head=[self.fpn, self.decoder])
 
     def train(self, mode: bool = True) -> SharedRIS:
         super().train(mode)
-        if self.c.tune == "frozen":  # no stochastic depth either
+        if not self.trains:  # no stochastic depth either
             self.beit3.eval()
         return self
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """SentencePiece: start, pieces, end, then PAD up to the longest; cut to `words` with the end kept. -> (B, L)"""
-        return self.beit3.pieces.tokenize(list(sentences), self.c.words)
+        return prompted(self.beit3.pieces.tokenize(list(sentences), self.c.words), self.c)
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """(B, 3, S, S) normalised pictures, (B, L) tokens -> logits (B, 1, 4S/p, 4S/p)"""

@@ -50,7 +50,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
                    help="train: the best step is the one that knows its training set best (learning by heart)")
     p.add_argument("--backbone", help="default: tiny for shapes, otherwise the paper's")
     p.add_argument("--variant", help="default: the paper's")
-    p.add_argument("--tune", help="method (as the paper: adapters and head, or all), frozen (head alone), full (all)")
+    p.add_argument("--tune", help="method (as the paper: adapters and head, or all), frozen (head alone), full (all), "
+                   f"{', '.join(common.BASELINES)}, or one of these with the method's adapters, as in method+lora")
     p.add_argument("--weights", help="pretrained (default), random (default for tiny), file[,file], or a run folder")
     p.add_argument("--out", help="run folder; default: runs/METHOD-DATASET")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
@@ -334,8 +335,8 @@ def learn(args: argparse.Namespace, c, process: Process, out: Path, stop: common
     process.first_alone(lambda: open_run(args, out, info))
     trained = [p for p in model.parameters() if p.requires_grad]
     rates = dict(backbone=c.tower_lr, adapter=getattr(c, "adapter_lr", 1.0), head=1.0)
-    groups = [dict(params=[p for m in modules for p in m.parameters() if p.requires_grad], base=c.lr * rates[name])
-              for name, modules in model.parts().items()]
+    groups = [dict(params=[p for p in parameters if p.requires_grad], base=c.lr * rates[name])
+              for name, parameters in common.parameters(model).items()]
     adam = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
     optimizer = adam([g for g in groups if g["params"]], lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay,
                      fused=True)

@@ -1,5 +1,6 @@
 """python -m pytest tests/test_commands.py"""
 
+import importlib.util
 import json
 import os
 import pickle
@@ -289,7 +290,7 @@ def test_efficiency_prints_the_fields_and_the_paper(tmp_path, capsys):
                                "params_head", "params_backbone", "adapter_percent_of_backbone", "gflops_forward",
                                "saved_bytes_per_image", "step_seconds_per_image", "device", "paper"} <= rows[0].keys()
     with pytest.raises(SystemExit):
-        evaluate.main(["--efficiency", "--backbone", "resnet"])
+        evaluate.main(["--efficiency", "--method", "dcris", "--backbone", "resnet"])
     assert "dinov2-base" in capsys.readouterr().err
 
 
@@ -483,7 +484,7 @@ def test_shared_ris_from_training_to_a_prediction(tmp_path, capsys):
     capsys.readouterr()
     evaluate.main(["--efficiency", "--method", "shared_ris", "--backbone", "tiny", "--vary", "fpn-fusion"])
     said = capsys.readouterr().out
-    assert "parts of row 3: beit3 " in said and "GFLOPs), decoder " in said and "the paper prints of row 1: nothing" in said
+    assert "  row 3: " in said and " GFLOPs, decoder " in said and "the paper:" not in said
 
 
 @pytest.mark.parametrize("method", ["shared_ris", "m2ist"])
@@ -550,14 +551,52 @@ def test_the_leak_warning_reaches_every_result(tmp_path, monkeypatch, capsys):
 
 def test_efficiency_of_each_value_of_a_setting(capsys):
     evaluate.main(["--efficiency", "--method", "m2ist", "--backbone", "tiny", "--tune", "method", "--vary", "tune,insertion"])
-    table = capsys.readouterr().out.splitlines()
+    table = capsys.readouterr().out.splitlines()[1:]
     names = table[0].split()
-    rows = [dict(zip(names, line.split())) for line in table[1:6]]
-    assert [(r["tune"], r["insertion"]) for r in rows] == [("method", "side"), ("frozen", "side"), ("full", "side"),
-                                                           ("method", "parallel"), ("method", "sequential")]
-    saved = {r["tune"] if r["tune"] != "method" else r["insertion"]: int(r["saved_bytes_per_image"]) for r in rows}
+    rows = [dict(zip(names, line.split())) for line in table[1:13]]
+    assert [(r["tune"], r["insertion"]) for r in rows] == [
+        *((t, "side") for t in ("method", "frozen", "full", *common.BASELINES)), ("method", "parallel"),
+        ("method", "sequential")]
+    saved = {r["tune"] if r["tune"] != "method" else r["insertion"]: int(r["saved_bytes_per_image"].replace(",", ""))
+             for r in rows}
     assert saved["frozen"] < saved["side"] < saved["parallel"] <= saved["sequential"] < saved["full"]
     evaluate.main(["--efficiency", "--method", "m2ist", "--backbone", "tiny", "--image-size", "40", "--vary", "vl-position"])
-    assert [line.split()[4] for line in capsys.readouterr().out.splitlines()[1:3]] == ["content", "attention"]
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:4]] == ["content", "attention"]
     with pytest.raises(common.UserError, match="--vary lr"):
         evaluate.main(["--efficiency", "--method", "m2ist", "--backbone", "tiny", "--vary", "lr"])
+
+
+def test_the_study_from_towers_to_a_plot(tmp_path):
+    """docs/study.py on the whole sets, two steps each; the same command again trains nothing."""
+    words = "docs/study.py", "--steps", 2, "--seeds", 1, "--tunes", "bitfit", "--out", tmp_path / "runs"
+    out = command(*words, check=0).stdout
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    assert [row[0] for row in cells[2:]] == ["none (as it is)", "bitfit"] and cells[3][1] == "337,089"
+    rows = json.loads((tmp_path / "runs" / "study.json").read_text())
+    metrics = json.loads((tmp_path / "runs" / "dcris-1-2steps-bitfit" / "metrics.json").read_text())
+    assert rows[1]["values"] == [metrics["mIoU"]] and cells[3][4] == f"{metrics['mIoU']:.1f}"
+    info = common.read_checkpoint(str(tmp_path / "runs" / "dcris-1-2steps-bitfit"))[0]
+    assert info["weights"] == str(tmp_path / "runs" / "dcris-1-2steps") and info["dataset"] == "shapes-shift"
+    assert os.path.exists(tmp_path / "runs" / "study.png") == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_a_study_that_cannot_be(tmp_path, capsys, monkeypatch):
+    spec = importlib.util.spec_from_file_location("study", ROOT / "docs" / "study.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    (tmp_path / "file").write_text("")
+    for flags, message in [(["--tunes", "lora,lore"], "--tunes: dcris has method, frozen"), (["--seeds", "1,1"], "each once"),
+                           (["--steps", "0"], "must be positive"), (["--out", str(tmp_path / "file")], "File exists"),
+                           (["--method", "shared_ris", "--tunes", "method+lora"], "shared_ris has")]:
+        with pytest.raises(SystemExit):
+            study.parse(flags)
+        assert message in capsys.readouterr().err
+    rows = [dict(tune="none", trained=0, beside_head=0, saved=0, values=[20.0, 30.0]),
+            dict(tune="lora", trained=10, beside_head=5, saved=2**20, values=[40.0, 44.0])]
+    study.print_markdown(rows, "mIoU")
+    assert "| lora | 10 | 1.00 MiB | 42.0 (2.8) | 40.0, 44.0 |" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    study.plot(rows, "mIoU", "a title", tmp_path / "a.png")
+    assert "pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "a.png").exists()
+    with pytest.raises(SystemExit, match="nothing.py --steps 3 ended with 2: .*nothing.py"):
+        study.command("nothing.py", "--steps", 3)

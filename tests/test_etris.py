@@ -61,40 +61,10 @@ def test_sizes_of_the_six_models(backbone, variant, bridger, head, trained, towe
                          "ViT-B-16": [9_983_488, 7_899_136, 4_788_737]}[backbone]
 
 
-def test_table_4():
-    sizes = {(2,): 428_736, (3,): 297_664, (4,): 1_215_168, (2, 3): 726_656, (3, 4): 1_513_088, (2, 3, 4): 1_942_080}
-    assert {s: count(on_meta(bridger_stages=s).parts()["adapter"]) for s in sizes} == sizes
-
-
-def test_table_5():
-    sizes = dict(linear=5_766_641, interpolate=1_450_560, mlp=1_682_633, deconv=1_942_080)
-    assert {z: count(on_meta(zoom=z).parts()["adapter"]) for z in sizes} == sizes
-
-
-def test_table_7():
-    sizes = {8: 223_272, 16: 450_384, 32: 923_040, 64: 1_942_080, 128: 4_275_072}
-    assert {d: count(on_meta(bridger_dim=d).parts()["adapter"]) for d in sizes} == sizes
-
-
-def test_table_2_and_the_head_without_what_is_dead():
-    frozen, full = on_meta(tune="frozen"), on_meta(tune="full", connect=True)
-    assert count(frozen, trainable=True) == 23_981_569 and count(frozen.parts()["adapter"]) == 0
-    assert count(full.parts()["backbone"]) == 120_737_633
-    assert count(full, trainable=True) == 120_737_633 - 1 + 23_981_569  # nothing reads the logit scale
+def test_the_head_without_what_is_dead():
+    assert count(on_meta(tune="full", connect=True).parts()["backbone"]) == 120_737_633
     assert count(on_meta(neck_fusion="gate").parts()["head"]) == 23_981_569 - 1_575_936
     assert count(on_meta("RN101", "released", neck_fusion="gate").parts()["head"]) == 24_244_225 - 1_575_936
-
-
-def test_the_printed_figures_go_with_their_rows():
-    def row(backbone="RN101", variant="etris", **flags):
-        return etris.printed(etris.config(backbone, variant, **flags))
-    assert row()["params_adapter"] == "1.94M" and row("ViT-B-16")["params_adapter"] == "1.39M"
-    assert row()["public_code"] == dict(gflops_forward=133.84, saved_mib_per_image=644.6)
-    assert row("RN101", "released") == dict(public_code=row()["public_code"])
-    assert row(bridger_stages=(2, 3))["params_adapter"] == "0.72M" and row(bridger_dim=8)["source"] == "Table 7"
-    assert row(zoom="mlp")["params_adapter"] == "1.68M"
-    assert row(tune="full", connect=True)["params_backbone"] == "120.74M"
-    assert row(bridger_dim=24) == {} and row("tiny") == {} and row(connect=True) == {}
 
 
 # the towers
@@ -600,3 +570,51 @@ def test_positions_alone_do_not_make_trained_towers():
     assert count(model.clip, trainable=True) > count(model.clip) / 2 and fingerprint(model)
     frozen = tiny("tiny-vit", "released", tune="frozen")  # the head alone, also in the authors' variant
     assert count(frozen, trainable=True) == count(frozen.parts()["head"])
+
+
+# DINOv2 in the place of CLIP's vision tower (DCRIS, Table 2)
+
+
+def test_dinov2_runs_in_stages_as_it_runs_whole(tmp_path):
+    flags = dict(image_size=56, variant="released", backbone="dinov2-base", tune="frozen")
+    model = etris.ETRIS(etris.config(**flags)).eval()
+    images = torch.randn(1, 3, 56, 56)
+    with torch.no_grad():
+        maps, f_t, f_s, _ = model.encode(images, model.tokenize(SENTENCES[:1]))
+        whole = model.clip.visual(images, output_hidden_states=True)
+    places = whole.last_hidden_state[:, 5:].transpose(1, 2).unflatten(2, (4, 4))
+    assert torch.allclose(maps[2], places, atol=1e-4) and maps[2].shape == (1, 768, 4, 4)
+    for block, m in zip((4, 8), maps):  # hidden_states[0] is what goes into the first
+        assert torch.allclose(m, whole.hidden_states[block][:, 5:].transpose(1, 2).unflatten(2, (4, 4)), atol=1e-4)
+    assert model.preprocess.mean == etris.IMAGENET[0] and not model.clip.visual.embeddings.mask_token.requires_grad
+
+
+def test_a_bridger_beside_dinov2_gives_nothing_to_the_tokens_without_a_place():
+    model = etris.ETRIS(etris.config("dinov2-base", image_size=56)).eval()
+    images, seen = torch.randn(1, 3, 56, 56), []
+    model.clip.visual.encoder.layer[4].register_forward_pre_hook(lambda m, args: seen.append(args[0]))
+    with torch.no_grad():
+        model.encode(images, model.tokenize(SENTENCES[:1]))
+        v = model.clip.visual.embeddings(images)
+        for block in model.clip.visual.encoder.layer[:4]:
+            v = block(v)
+            v = v[0] if isinstance(v, tuple) else v
+    assert torch.allclose(seen[0][:, :5], v[:, :5], atol=1e-5)
+    assert (seen[0][:, 5:] - v[:, 5:]).abs().amax(2).min() > 1e-4
+
+
+def test_dinov2_and_clip_are_loaded_together(tmp_path):
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    dino = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, image_size=518))
+    clip = open_clip.CLIP(**etris.BACKBONES["dinov2-base"]["clip"])
+    files = [str(tmp_path / f"{n}.safetensors") for n in ("dino", "clip")]
+    for file, m in zip(files, (dino, clip)):
+        save_file({k: v.contiguous() for k, v in m.state_dict().items()}, file)
+    model = etris.ETRIS(etris.config("dinov2-base", tune="frozen"), ",".join(files[::-1]))
+    assert all(torch.equal(v, model.clip.visual.state_dict()[k]) for k, v in dino.state_dict().items())
+    own = model.clip.state_dict()
+    assert all(torch.equal(v, own[k]) for k, v in clip.state_dict().items() if not k.startswith("visual."))
+    with torch.device("meta"), pytest.raises(UserError, match="two files are needed"):
+        etris.ETRIS(etris.config("dinov2-base", tune="frozen"), files[0])
+    with pytest.raises(UserError, match="train-positions"):
+        etris.config("dinov2-base", "released", train_positions=True)

@@ -62,27 +62,12 @@ def test_sizes_of_the_paper():
     assert sum(b.numel() for n, b in model.detr.body.named_buffers()) == 106_240
 
 
-@pytest.mark.parametrize("flags, adapters", [
-    (dict(tune="frozen"), 0), (dict(tune="full"), 0), (dict(adapter_dim=8), 1_486_944), (dict(adapter_dim=32), 1_782_144),
-    (dict(adapter_dim=8, iea_dim=8), 195_264), (dict(mha_adapter="none", ffn_adapter="lea"), 1_185_024),
-    (dict(mha_adapter="none", ffn_adapter="vea"), 395_520), (dict(mha_adapter="none"), 1_580_544),
-    (dict(ffn_adapter="none"), 1_382_400), (dict(mha_adapter="vea+lea"), 3_161_088), (dict(ffn_adapter="iea"), 2_764_800),
-    (dict(mha_adapter="vea+lea", ffn_adapter="iea"), 2_962_944), (dict(insertion="sequential"), 2_962_944),
-    (dict(insertion="parallel"), 2_962_944), (dict(text_layers=(0, 2, 4, 6, 8, 10)), 2_962_944),
-    (dict(interaction_dim=64), 3_111_552), (dict(interaction_dim=128), 3_062_016)])
-def test_sizes_of_the_tables(flags, adapters):
-    model = on_meta(**flags)
-    assert count(model.parts()["adapter"]) == adapters
-    if flags.get("tune") != "full" and flags != dict(adapter_dim=8, iea_dim=8):
-        assert m2ist.printed(model.c)["params_adapter"]
-
-
 def test_full_tuning_is_transvgs():
     model = on_meta(tune="full")
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     frozen = {n for n, _ in model.named_parameters()} - trained
     assert sum(model.get_parameter(n).numel() for n in trained if n.startswith(("detr", "bert"))) == 140_539_136
-    assert {n.split(".")[2] for n in frozen} == {"conv1", "layer1"} and m2ist.printed(model.c)["params_backbone"] == "151M"
+    assert {n.split(".")[2] for n in frozen} == {"conv1", "layer1"}
 
 
 def test_recipes_follow_the_data_set():
