@@ -1,6 +1,6 @@
 """What all four methods share and no paper defines.
 
-Weights and freezing, flags, processes, metrics, run folders, counting, drawing. Nothing in here imports a method
+Weights and freezing, baselines, flags, processes, metrics, run folders. Nothing in here imports a method
 or the data module.
 
 What train.py and evaluate.py ask of a method file, whichever it is:
@@ -13,7 +13,8 @@ What train.py and evaluate.py ask of a method file, whichever it is:
         .preprocess              the Preprocess it wants for its pictures
         .tokenize(sentences)     list of str -> token ids (B, L)
         .forward(images, tokens) (B, 3, S, S), (B, L) -> mask logits (B, 1, h, w) that cover the canvas,
-                                 or boxes (B, 4): centre x, centre y, width, height, in sides of the canvas
+                                 or boxes (B, 4): centre x, centre y, width, height, in sides of the canvas;
+                                 with a dict as `maps`, it also gets what the method looks at: (B, h, w) by names
         .loss(output, target)    and masks (B, S, S) in 0..1, or boxes (B, 4) likewise -> scalar
         .parts()                 {"backbone" | "adapter" | "head": [modules]}, what is counted under each name
         .baseline                what --tune lora and the like added, [modules] (see add_baseline)
@@ -27,13 +28,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import os
 import re
-import shlex
 import signal
 import sys
+import tempfile
 import time
 import typing
 import urllib.error
@@ -49,10 +51,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
+
+
+METHODS = ("dcris", "etris", "m2ist", "shared_ris")
 
 
 class UserError(Exception):
@@ -69,7 +73,8 @@ class Preprocess:
     """How a method wants its pictures.
 
     `size` is the side of the square canvas in pixels; `fit` is "letterbox" (aspect kept, centred, padded
-    with the mean colour) or "stretch"; `interpolation` is "bilinear" or "bicubic"; `mean` and `std`
+    with the mean colour), "warp" (the same as the released code does it) or "stretch"; `interpolation` is "bilinear"
+    or "bicubic"; `mean` and `std`
     normalise RGB values in 0..1. `pad_channel`: a fourth channel that is 1 in the padding. `augment`: as data.augment
     in training.
     """
@@ -105,10 +110,16 @@ class Table(typing.NamedTuple):
     dataset: str = "refcoco"
 
 
+def load_method(name: str):
+    """The module of a method. Its backbone library is imported here and not before."""
+    return importlib.import_module(name)
+
+
 # Weights
 
 
-def fetch(repo: str, name: str) -> str:
+def fetch(repo: str, name: str, else_: str = "--weights FILE[,FILE] takes files, and --weights random or --backbone "
+          "tiny needs none") -> str:
     """Path of a file of the Hugging Face hub, from its cache or downloaded. Raises UserError without either."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
@@ -117,9 +128,10 @@ def fetch(repo: str, name: str) -> str:
         return hf_hub_download(repo, name, local_files_only=True)
     except EntryNotFoundError:  # not in the cache
         pass
+    except ValueError as e:  # of the hub's own kind for names that cannot be
+        raise UserError(f"{name} of {repo}: {first_line(e)}.") from None
     missing = (f"{name} of {repo} is not on this machine and {constants.ENDPOINT} cannot be reached. With a network: "
-               f"hf download {repo} {name}. Without one, --weights FILE[,FILE] takes files, and --weights random or "
-               "--backbone tiny needs none.")
+               f"hf download {repo} {name}. Without one, {else_}.")
     try:  # one quick look, since the hub's own retries take over a minute
         if constants.HF_HUB_OFFLINE:
             raise UserError(missing)
@@ -166,7 +178,11 @@ def read_weights(path: str) -> dict[str, Tensor]:
             state = load_file(path)
         else:
             try:
-                with torch.serialization.safe_globals([argparse.Namespace]):  # DETR's files keep their flags
+                # DETR's files keep their flags, others figures as numpy has them
+                scalar = np.float64(0).__reduce__()[0]
+                numbers = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)), scalar,
+                           (scalar, "numpy.core.multiarray.scalar")]  # its name before numpy 2
+                with torch.serialization.safe_globals([argparse.Namespace, *numbers]):
                     state = torch.load(path, map_location="cpu", weights_only=True)
             except RuntimeError as e:  # OpenAI's CLIP files are TorchScript archives
                 if "TorchScript" not in str(e):
@@ -194,6 +210,28 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], path: str, what: s
     if wrong:
         raise UserError(f"{path} does not hold {what}: {'; '.join(wrong)}.")
     module.load_state_dict(state)
+
+
+def renamed(state: dict[str, Tensor], renames: list[tuple]) -> dict[str, Tensor]:
+    """Each name after all of these (pattern, replacement), one after another."""
+    out = {}
+    for k, v in state.items():
+        for pattern, name in renames:
+            k = re.sub(pattern, name, k)
+        out[k] = v
+    return out
+
+
+# of CRIS's head, as the files of ETRIS and DETRIS name it -> as etris.py and dcris.py do
+CRIS_HEAD = [(r"^neck\.fusion([345])\.multihead_attn\.", lambda m: f"neck.fusion.{int(m[1]) - 3}."),
+             (r"^neck\.f([345])_proj\.", lambda m: f"neck.f_proj.{int(m[1]) - 3}."),
+             (r"^neck\.coordconv\.0\.conv1\.", "neck.coordconv.0.conv."),
+             (r"^(decoder\.layers\.\d+)\.multihead_attn\.", r"\1.cross_attn.")]
+
+
+def layers_of(state: dict[str, Tensor], pattern: str) -> tuple[int, ...]:
+    """The numbers that a pattern finds in the names of tensors."""
+    return tuple(sorted({int(m[1]) for k in state if (m := re.match(pattern, k))}))
 
 
 def clip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -255,12 +293,7 @@ def detr_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
         (r"\.(mlp\.)?fc([12])\.", r".linear\2.")]
     rest = re.compile(r"(model\.)?(transformer\.)?(decoder|class_embed|bbox_embed|query_embed|class_labels_classifier|"
                       r"query_position_embeddings|bbox_predictor)\.|.*\.num_batches_tracked$")
-    out = {}
-    for k, v in state.items():
-        if not rest.match(k):
-            for pattern, name in renames:
-                k = re.sub(pattern, name, k)
-            out[k] = v.float()
+    out = {k: v.float() for k, v in renamed({k: v for k, v in state.items() if not rest.match(k)}, renames).items()}
     for k in [k for k in out if ".q_proj." in k]:  # nn.MultiheadAttention has query, key and value in one matrix
         names = [k.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
         if all(n in out for n in names):
@@ -934,6 +967,19 @@ def writing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def check_place(path: str | Path) -> None:
+    """Raises UserError where a file could not be written in the end."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise UserError(f"{path} cannot be written: {path.parent}: {e.strerror}.") from None
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a folder.")
+
+
 def write_json(path: str | Path, value) -> None:
     with writing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=1) + "\n")
@@ -1144,243 +1190,3 @@ def parameters(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     parts = {name: [p for m in modules for p in m.parameters()] for name, modules in model.parts().items()}
     adapters = {id(p) for p in parts["adapter"]}
     return parts | dict(backbone=[p for p in parts["backbone"] if id(p) not in adapters])
-
-
-def sizes(model: nn.Module) -> dict[str, int]:
-    """What the papers' tables print of a model: `tuned`, all that is trained but the head's; `head`, the head as it is;
-    their `total`; and each part under its own name, such as `decoder`."""
-    parts = parameters(model)
-    head, trained = count(model.parts()["head"]), sum(p.numel() for p in parts["head"] if p.requires_grad)
-    tuned = count(model, trainable=True) - trained
-    return {name: count(m) for name, m in model.named_children()} | dict(
-        tuned=tuned, head=head, total=tuned + head, backbone=sum(p.numel() for p in parts["backbone"]))
-
-
-def printed(method, c) -> dict:
-    """The sizes that the paper's tables print of a configuration, with these tables and the first note; {} for none."""
-    found, tables, notes = {}, [], []
-    for number, table in method.TABLES.items():
-        for row in table.rows:
-            if row.printed and row.flags.get("method", method.__name__) == method.__name__ and \
-                    row_config(method, row, table)[0] == c:
-                memory = {k: v for k, v in zip(table.columns, row.quoted) if k.startswith("GB")}
-                found = row.printed | memory | found
-                tables.append(number)
-                notes += [row.note] if row.note else []
-    return dict(tables=tables) | found | (dict(note=notes[0]) if notes else {}) if found else {}
-
-
-def row_config(method, row: Row, table: Table) -> tuple:
-    """(its Config, its data set)"""
-    flags = dict(row.flags)
-    flags.pop("method", None)
-    names = [flags.pop(k, default) for k, default in (("backbone", next(iter(method.BACKBONES))),
-                                                      ("variant", method.VARIANTS[0]), ("dataset", table.dataset))]
-    return method.config(*names, **flags), names[2]
-
-
-def train_command(method: str, row: Row, table: Table) -> str:
-    """What trains a row."""
-    flags = dict(method=method, dataset=table.dataset, data_root="DATA") | row.flags
-    words = ["python", "train.py"]
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
-
-
-def agrees(size: float, printed: str) -> bool:
-    """Whether a size, rounded as the paper has it (1.94M, 4.10K, 0.30%, 50), is what the paper prints."""
-    number = printed.rstrip("MK%")
-    size /= dict(M=1e6, K=1e3).get(printed[-1], 1)
-    return f"{size:.{len(number.partition('.')[2])}f}" == number
-
-
-def saved_bytes(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor) -> int:
-    """Bytes that one training forward keeps for backward: unique storages, without parameters and buffers."""
-    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    storages = {}
-
-    def keep(t: Tensor) -> None:  # a graph that keeps t itself may hold itself, and is then never freed
-        s = t.untyped_storage()
-        if s.data_ptr() not in own:
-            storages[s.data_ptr()] = s  # held, so that no address is used twice
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):
-        model.loss(model(images, tokens), target)
-    return sum(s.nbytes() for s in storages.values())
-
-
-SENTENCE = "the small red circle on the left of the large blue square above the cross next to it"  # 18 words: 20 tokens
-
-
-def blank(model: nn.Module, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    """n black pictures, SENTENCE as tokens, and a target."""
-    device, size = next(model.parameters()).device, model.preprocess.size
-    images = torch.zeros(n, 4 if model.preprocess.pad_channel else 3, size, size, device=device)
-    target = torch.full((n, size, size) if model.task == "mask" else (n, 4), 0.5, device=device)
-    return images, model.tokenize([SENTENCE] * n).to(device), target
-
-
-@torch.no_grad()
-def forward_gflops(model: nn.Module) -> dict[str, float]:
-    """GFLOPs of one picture and SENTENCE (1 multiply-add = 2 FLOPs), in eval mode, which it leaves on: of each part
-    under its name in the model, of a `baseline`, of the `rest`, the products that are taken outside modules, such as
-    those of an attention written out, and their `total`. A model on the meta device will do."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    images, tokens, _ = blank(model.eval(), 1)
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it
-    with FlopCounterMode(display=False) as counter:
-        model(images, tokens)
-    torch.backends.mha.set_fastpath_enabled(fast)
-    prefix = type(model).__name__ + "."
-    calls = {name.removeprefix(prefix): sum(ops.values()) / 1e9 for name, ops in counter.get_flop_counts().items()
-             if name.startswith(prefix)}
-    within = {id(m) for m in model.baseline}
-    baseline = {name: calls[name] for name, m in model.named_modules() if id(m) in within and name in calls}
-    out = {}
-    for part, _ in model.named_children():
-        inside = [name for name in calls if name.startswith(part + ".") or name == part]
-        top = [name for name in inside if not any(name.startswith(other + ".") for other in inside)]
-        out[part] = sum(calls[name] for name in top) - sum(calls[name] for name in baseline if name in inside)
-    total = counter.get_total_flops() / 1e9
-    out |= dict(baseline=sum(baseline.values()), rest=total - sum(out.values()) - sum(baseline.values()), total=total)
-    return {name: round(n, 3) for name, n in out.items() if round(n, 3) or name == "total"}
-
-
-def efficiency(model: nn.Module, timed: int = 0) -> dict:
-    """What a model costs, for one image: parameters, GFLOPs, bytes kept for backward, bytes of Adam's state and of a
-    checkpoint; with `timed`, the median of so many times, in seconds, and on CUDA the peak of memory."""
-    images, tokens, target = blank(model, 2)
-    device = images.device
-    parts = {name: sum(p.numel() for p in parameters) for name, parameters in parameters(model).items()}
-    gflops, baseline = forward_gflops(model), count(model.baseline)
-    own = {id(p) for m in model.baseline for p in m.parameters()}
-    by_part = {name: dict(params=sum(p.numel() for p in m.parameters() if id(p) not in own))
-               for name, m in model.named_children() if count(m)}
-    by_part |= dict(baseline=dict(params=baseline)) if baseline else {}
-    for name, n in gflops.items():
-        if name != "total":
-            by_part.setdefault(name, {})["gflops"] = n
-    trained = [p for p in model.parameters() if p.requires_grad]
-    model.train()
-    out = dict(
-        params_total=count(model), params_trainable=count(model, trainable=True), params_adapter=parts["adapter"],
-        params_head=parts["head"], params_backbone=parts["backbone"],
-        adapter_percent_of_backbone=round(100 * parts["adapter"] / parts["backbone"], 4), parts=by_part,
-        gflops_forward=gflops["total"], saved_bytes_per_image=saved_bytes(model, images, tokens, target) // 2,
-        optimizer_bytes=sum(2 * p.nbytes + 4 for p in trained),  # two moments, and a count of steps
-        checkpoint_bytes=sum(t.nbytes for t in trained_state(model).values()))  # without its header, the tensors' names
-    out |= times(model, images, tokens, target, timed) if timed else dict(step_seconds_per_image=None)
-    return out | dict(
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads")
-
-
-def times(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor, n: int) -> dict[str, float]:
-    """Medians of n after a first that does not count: seconds per image of a forward, and of a training step but for
-    the optimizer's; the peak of memory is that of these steps, on CUDA."""
-    cuda, medians = images.device.type == "cuda", {}
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-
-    def forward() -> None:
-        with torch.no_grad():
-            model(images, tokens)
-
-    def step() -> None:
-        model.loss(model(images, tokens), target).backward()
-        model.zero_grad()
-
-    for name, run in ("forward_seconds_per_image", forward), ("step_seconds_per_image", step):
-        model.train(run is step)
-        seconds = []
-        for _ in range(n + 1):
-            begin = time.perf_counter()
-            run()
-            if cuda:
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - begin)
-        medians[name] = round(float(np.median(seconds[1:])) / len(images), 4)
-    return medians | (dict(cuda_peak_mib=round(torch.cuda.max_memory_allocated() / 2**20)) if cuda else {})
-
-
-# Drawing
-
-TINT = np.array([235, 0, 180])  # magenta: rare in photographs, and no colour of the shapes
-
-
-def overlay(image: np.ndarray, mask: np.ndarray, caption: str = "", least: int = 480) -> Image.Image:
-    """The photograph (H, W, 3) uint8 with the mask (H, W) bool tinted and outlined, and a caption below.
-
-    Small pictures are drawn larger, the longer side at least `least` pixels.
-    """
-    scale = enlargement(image, least)
-    image, mask = (np.repeat(np.repeat(a, scale, 0), scale, 1) for a in (image, mask))
-    out = image.astype(np.float32)
-    out[mask] = 0.55 * out[mask] + 0.45 * TINT
-    edge, width = np.zeros_like(mask), max(1, max(mask.shape) // 300)
-    for axis in 0, 1:
-        for step in range(1, width + 1):
-            for s in step, -step:
-                edge |= mask & ~shifted(mask, s, axis)
-    out[edge] = 255
-    picture = Image.fromarray(out.round().astype(np.uint8))
-    return captioned(picture, caption) if caption else picture
-
-
-def overlay_box(image: np.ndarray, box: tuple, caption: str = "", least: int = 480) -> Image.Image:
-    """The photograph (H, W, 3) uint8 with a box x1, y1, x2, y2 in its pixels, and a caption; enlarged likewise."""
-    scale = enlargement(image, least)
-    picture = Image.fromarray(np.repeat(np.repeat(image, scale, 0), scale, 1))
-    width = max(2, max(picture.size) // 200)
-    x1, y1, x2, y2 = (round(v * scale) for v in box)
-    draw, frame = ImageDraw.Draw(picture), (x1, y1, max(x1, x2 - 1), max(y1, y2 - 1))
-    draw.rectangle(frame, outline="white", width=2 * width)  # seen on dark and light ground alike
-    draw.rectangle(frame, outline=tuple(TINT.tolist()), width=width)
-    return captioned(picture, caption) if caption else picture
-
-
-def enlargement(image: np.ndarray, least: int) -> int:
-    return max(1, -(-least // max(image.shape[:2])))
-
-
-def shifted(mask: np.ndarray, step: int, axis: int) -> np.ndarray:
-    """The mask moved by `step` pixels; beyond the border it repeats, so the border is no edge."""
-    index = np.clip(np.arange(mask.shape[axis]) - step, 0, mask.shape[axis] - 1)
-    return np.take(mask, index, axis)
-
-
-def captioned(picture: Image.Image, caption: str) -> Image.Image:
-    """The picture with the caption under it, in as many lines as it takes."""
-    font = ImageFont.load_default(max(14, picture.width // 34))
-    lines, line = [], ""
-    for word in caption.split():
-        while font.getlength(word) > picture.width - 16 and len(word) > 1:  # no word is wider than the picture
-            word = word[:-1]
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > picture.width - 16:
-            lines, line = lines + [line], word
-        else:
-            line = longer
-    lines.append(line)
-    height = sum(font.getmetrics())
-    sheet = Image.new("RGB", (picture.width, picture.height + height * len(lines) + 12), "white")
-    sheet.paste(picture)
-    for n, text in enumerate(lines):
-        ImageDraw.Draw(sheet).text((8, picture.height + 6 + n * height), text, "black", font)
-    return sheet
-
-
-def grid(pictures: list[Image.Image], columns: int = 4) -> Image.Image:
-    """Pictures side by side, `columns` to a row."""
-    width, height = max(p.width for p in pictures), max(p.height for p in pictures)
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (min(columns, len(pictures)) * width, rows * height), "white")
-    for n, p in enumerate(pictures):
-        sheet.paste(p, (n % columns * width, n // columns * height))
-    return sheet

@@ -156,6 +156,8 @@ Place = tuple[int, int, int, int]  # top, left, height and width of a picture on
 
 def to_canvas(image: np.ndarray, pre: Preprocess, place: Place | None = None) -> Tensor:
     """(H, W, 3) uint8 -> (3, S, S) float32, normalised; (4, S, S) with the padding as a channel."""
+    if pre.fit == "warp":
+        return released_to_canvas(image, pre)
     top, left, h, w = place or content_box(image.shape[:2], pre)
     if image.shape[:2] != (h, w):
         how = Image.Resampling.BICUBIC if pre.interpolation == "bicubic" else Image.Resampling.BILINEAR
@@ -188,6 +190,19 @@ def from_canvas(logits: Tensor, size: tuple[int, int], pre: Preprocess) -> Tenso
     x = F.interpolate(logits[None, None].float(), (pre.size, pre.size), mode="bilinear", align_corners=False)
     x = x[:, :, top:top + h, left:left + w]
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)[0, 0]
+
+
+def released_to_canvas(image: np.ndarray, pre: Preprocess) -> Tensor:
+    """(H, W, 3) uint8 -> (3, S, S) float32, as CRIS, ETRIS and DETRIS do it: cv2.warpAffine, cubic, without a shift by
+    half a pixel and without antialiasing; places are rounded to 1/32 of a pixel and values to 8 bits, as there."""
+    (h, w), s = image.shape[:2], pre.size
+    scale = min(s / h, s / w)
+    ys, xs = ((2 * ((torch.arange(s) - (s - n * scale) / 2) / scale * 32).round() / 32 + 1) / n - 1 for n in (h, w))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (pre.mean, pre.std))
+    x = torch.from_numpy(image.copy()).permute(2, 0, 1).float() - 255 * mean  # so that what lies outside is the mean
+    at = torch.stack([xs.float().expand(s, s), ys.float()[:, None].expand(s, s)], 2)[None]  # (1, S, S, 2)
+    x = F.grid_sample(x[None], at, mode="bicubic", padding_mode="zeros", align_corners=False)[0]
+    return ((x + 255 * mean).round().clamp(0, 255) / 255 - mean) / std
 
 
 def released_from_canvas(probability: Tensor, size: tuple[int, int], pre: Preprocess) -> Tensor:

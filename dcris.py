@@ -46,9 +46,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from common import (BASELINES, COMBINED, Preprocess, Row, Table, UserError, add_baseline, baseline_dims, check_config,
-                    clip_tokens, dice_loss, in_full_precision, load_dinov2_and_clip, named, prompted, prompts, sine_1d,
-                    sine_2d)
+from common import (BASELINES, COMBINED, CRIS_HEAD, Preprocess, Row, Table, UserError, add_baseline, baseline_dims,
+                    check_config, clip_tokens, dice_loss, dinov2_state, in_full_precision, layers_of,
+                    load_dinov2_and_clip, named, prompted, prompts, renamed, sine_1d, sine_2d)
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -482,7 +482,8 @@ class DCRIS(nn.Module):
         f_s = f_t[torch.arange(len(end), device=end.device), end] @ clip.text_projection  # (B, C')
         return f_t, f_s, torch.arange(n, device=end.device) > end[:, None]
 
-    def encode_image(self, images: Tensor, f_t: Tensor, pad: Tensor) -> list[Tensor]:
+    def encode_image(self, images: Tensor, f_t: Tensor, pad: Tensor,
+                     maps: dict[str, Tensor] | None = None) -> list[Tensor]:
         """(B, 3, H, W) and the words -> three maps (B, D, H/p, W/p)"""
         p = self.vision.config.patch_size
         grid = images.shape[2] // p, images.shape[3] // p
@@ -494,7 +495,10 @@ class DCRIS(nn.Module):
             h = block.norm2(x)
             y = block.mlp(h)
             if str(i) in self.visual_adapters:  # in parallel to the MLP (Sec. 3.3)
-                y = y + self.c.adapter_scale * self.visual_adapters[str(i)](h, f_t, pad, grid)
+                added = self.c.adapter_scale * self.visual_adapters[str(i)](h, f_t, pad, grid)
+                y = y + added
+                if maps is not None:
+                    maps[f"adapter of block {i + 1}"] = block.layer_scale2(added)[:, -n:].norm(dim=2).unflatten(1, grid)
             x = x + block.layer_scale2(y)
             if i + 1 in self.c.taps:
                 taps.append(x)
@@ -515,14 +519,19 @@ class DCRIS(nn.Module):
         cls = (e.cls_token + pos[:, :1]).expand(b, -1, -1)
         return torch.cat([cls, e.register_tokens.expand(b, -1, -1), patches], 1)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pictures, (B, L) tokens -> logits (B, 1, 4H/p, 4W/p)"""
+    def forward(self, images: Tensor, tokens: Tensor, maps: dict[str, Tensor] | None = None) -> Tensor:
+        """(B, 3, H, W) normalised pictures, (B, L) tokens -> logits (B, 1, 4H/p, 4W/p)
+
+        `maps` gets the length, at each place, of what the adapters add to the picture's tokens, and of its features.
+        """
         f_t, f_s, pad = self.encode_text(tokens)
-        maps = self.encode_image(images, f_t, pad)
+        levels = self.encode_image(images, f_t, pad, maps)
+        if maps is not None:
+            maps |= {f"features, level {n}": level.norm(dim=1) for n, level in enumerate(levels, 1)}
         if self.c.neck_text == "words":
-            f_c = self.neck(maps, f_t, pad if self.c.mask_padding else None)
+            f_c = self.neck(levels, f_t, pad if self.c.mask_padding else None)
         else:
-            f_c = self.neck(maps, f_s[:, None], None)
+            f_c = self.neck(levels, f_s[:, None], None)
         return self.proj(self.decoder(f_c, f_t, pad), f_s)
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
@@ -557,3 +566,33 @@ def build_towers(backbone: str, weights: str) -> tuple[Dinov2WithRegistersModel,
     if weights != "random":
         load_dinov2_and_clip(vision, text, weights, names.get("hub", ""), backbone)
     return vision, text
+
+
+def released(state: dict[str, Tensor], dataset: str) -> tuple[Config, dict[str, Tensor]] | None:
+    """A checkpoint that DETRIS's authors trained on a data set: its settings, and its tensors under our names; None for
+    another file. Raises UserError, LookupError or TypeError for half a file."""
+    if "dinov2.pos_embed" not in state:
+        return None
+    blocks = dict(visual_layers=r"dinov2\.blocks\.(\d+)\.adapter\.",
+                  text_layers=r"txt_backbone\.transformer\.resblocks\.(\d+)\.adapter\.")
+    flags = {name: layers_of(state, pattern) for name, pattern in blocks.items()}
+    for tower, key, dim in (("dinov2.blocks", "visual_layers", "visual_dim"),
+                            ("txt_backbone.transformer.resblocks", "text_layers", "text_dim")):
+        if flags[key]:
+            flags[dim] = len(state[f"{tower}.{flags[key][0]}.adapter.D_fc1.weight"])
+    large = state["dinov2.pos_embed"].shape[2] == 1024
+    c = config("dinov2-large" if large else "dinov2-base", "detris", dataset, **flags)
+    out = renamed(state, [
+        (blocks["visual_layers"], r"visual_adapters.\1."), (blocks["text_layers"], r"text_adapters.\1."),
+        (r"\.D_fc1\.", ".down."), (r"\.D_fc2\.", ".up."),
+        (r"\.dense_branch(\d)((?:\.\d)?)\.conv\.", r".dense.branch\1\2.0."),
+        (r"\.dense_branch(\d)((?:\.\d)?)\.bn\.", r".dense.branch\1\2.1."),
+        (r"\.cross\.multihead_attn\.", ".attention."), (r"\.cross\.", "."), (r"^txt_backbone\.", "text."), *CRIS_HEAD])
+    with torch.device("meta"):
+        vision = DCRIS(c).vision  # whose names depend on the version of transformers
+    dino = {k.removeprefix("dinov2."): out.pop(k) for k in list(out) if k.startswith("dinov2.")}
+    out |= {f"vision.{k}": v for k, v in dinov2_state(dino, vision).items()}
+    f5 = "neck.f_proj.2.0.weight"  # theirs is a deconvolution of one pixel, the same but for the order of its channels
+    if f5 in out:
+        out[f5] = out[f5].transpose(0, 1).contiguous()
+    return c, out

@@ -55,9 +55,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (BASELINES, COMBINED, Preprocess, Row, Table, UserError, add_baseline, baseline_dims, check_config,
-                    clip_state, clip_tokens, dice_loss, fetch, in_full_precision, load_dinov2_and_clip, load_exactly,
-                    named, prompted, prompts, read_weights, sine_1d, sine_2d)
+from common import (BASELINES, COMBINED, CRIS_HEAD, Preprocess, Row, Table, UserError, add_baseline, baseline_dims,
+                    check_config, clip_state, clip_tokens, dice_loss, fetch, in_full_precision, layers_of,
+                    load_dinov2_and_clip, load_exactly, named, prompted, prompts, read_weights, renamed, sine_1d,
+                    sine_2d)
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -565,7 +566,8 @@ class ETRIS(nn.Module):
         """CLIP's BPE, lower case; start, words, end, zeros; cut to `words` with the end kept. -> (B, words)"""
         return prompted(clip_tokens(list(sentences), self.c.words, self.clip.token_embedding.num_embeddings), self.c)
 
-    def encode(self, images: Tensor, tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    def encode(self, images: Tensor, tokens: Tensor,
+               bridged: bool = True) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
         """(B, 3, H, W), (B, L) -> maps of the three stages, words F_t (B, L, C), sentence F_s (B, C'), padding (B, L),
         True after the end token."""
         clip, n = self.clip, tokens.shape[1]
@@ -578,7 +580,7 @@ class ETRIS(nn.Module):
             v = self.image_stage(v, i)
             for block in clip.transformer.resblocks[self.blocks_of(i)]:
                 t = block(t, attn_mask=clip.attn_mask[:n, :n])
-            if str(i) in self.bridgers:
+            if bridged and str(i) in self.bridgers:
                 f_v, f_t, memory = self.bridgers[str(i)](self.as_map(v, grid), t, memory,
                                                          pad if self.c.mask_padding else None)
                 if not self.resnet:  # tokens of no place get nothing
@@ -629,10 +631,18 @@ class ETRIS(nn.Module):
             return self.as_map(self.clip.visual.layernorm(v), grid)
         return self.as_map(self.clip.visual.ln_post(v) @ self.clip.visual.proj, grid)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised pictures, (B, L) tokens -> logits (B, 1, H/4, W/4); for a ViT, 4 to a patch side."""
-        maps, f_t, f_s, pad = self.encode(images, tokens)
-        f_v = self.neck(maps, f_s) if self.c.hierarchical_alignment else self.neck(maps[2])
+    def forward(self, images: Tensor, tokens: Tensor, maps: dict[str, Tensor] | None = None) -> Tensor:
+        """(B, 3, H, W) normalised pictures, (B, L) tokens -> logits (B, 1, H/4, W/4); for a ViT, 4 to a patch side.
+
+        `maps` gets the length of the vision features at each place, as Fig. 3: with Bridgers and without.
+        """
+        levels, f_t, f_s, pad = self.encode(images, tokens)
+        if maps is not None:
+            maps |= {f"features, level {n}": level.norm(dim=1) for n, level in enumerate(levels, 1)}
+            if self.bridgers:
+                maps |= {f"level {n} without Bridgers": level.norm(dim=1)
+                         for n, level in enumerate(self.encode(images, tokens, bridged=False)[0], 1)}
+        f_v = self.neck(levels, f_s) if self.c.hierarchical_alignment else self.neck(levels[2])
         if self.decoder is not None:
             words = self.c.decoder_text == "words"
             f_v = self.decoder(f_v, f_t, pad) if words else self.decoder(f_v, f_s[:, None], None)
@@ -698,3 +708,20 @@ def build_tower(backbone: str, weights: str) -> open_clip.CLIP:
         file = fetch(names["hub"], "open_clip_model.safetensors") if weights == "pretrained" else weights
         load_exactly(clip, clip_state(read_weights(file)), file, f"CLIP {backbone}")
     return clip
+
+
+def released(state: dict[str, Tensor], dataset: str) -> tuple[Config, dict[str, Tensor]] | None:
+    """A checkpoint that ETRIS's authors trained on a data set: its settings, and its tensors under our names; None for
+    another file. Raises UserError, LookupError or TypeError for half a file."""
+    if "bridger.linear1.0.weight" not in state and "bridger.linear1.2.weight" not in state:
+        return None
+    vit = "backbone.visual.proj" in state
+    backbone = "ViT-B-16" if vit else "RN101" if "backbone.visual.layer3.22.conv1.weight" in state else "RN50"
+    stages = layers_of(state, r"bridger\.linear1\.(\d)\.")  # the public code's number of stages keeps the last ones
+    c = config(backbone, "released", dataset, bridger_stages=tuple(i + 2 for i in stages),
+               bridger_dim=len(state[f"bridger.linear1.{stages[-1]}.weight"]))
+    return c, renamed(state, [
+        (r"^backbone\.", "clip."), (r"^bridger\.ln_([vt])\.(\d)\.", lambda m: f"bridgers.{int(m[2]) + 3}.ln_{m[1]}."),
+        (r"^bridger\.(\w+)\.(\d)\.", lambda m: f"bridgers.{int(m[2]) + 2}.{m[1].replace('fusion', 'ita')}."),
+        (r"(\.ita_[vt])\.multihead_attn\.", r"\1.cross_attn."), (r"(\.ita_[vt])\.linear1\.", r"\1.ffn.0."),
+        (r"(\.ita_[vt])\.linear2\.", r"\1.ffn.3."), *CRIS_HEAD])

@@ -528,9 +528,12 @@ class M2IST(nn.Module):
                         h, used = h + x[:, i] + mix.added(x[:, i], branch), True  # Eq. 1, 4, 5
         return e.output + F.layer_norm(h, h.shape[-1:]) if used else e.output
 
-    def forward(self, images: Tensor | Encoded, tokens: Tensor) -> Tensor:
+    def forward(self, images: Tensor | Encoded, tokens: Tensor, maps: dict[str, Tensor] | None = None) -> Tensor:
         """Pictures (B, 4, S, S) or what encode_image gave for them, tokens (B, L) -> boxes (B, 4): centre x, centre y,
-        width and height, in sides of the canvas"""
+        width and height, in sides of the canvas
+
+        `maps` gets the attention of [REG] over the picture in each layer of the V-L encoder (Fig. 4).
+        """
         vision = images if isinstance(images, Encoded) else self.encode_image(images)
         text = self.encode_text(tokens)
         f_v, f_l = self.side(vision, "vision"), self.side(text, "text")
@@ -541,7 +544,10 @@ class M2IST(nn.Module):
         pos = self.vl_position.weight                            # (1 + L + N, C_p)
         if self.c.vl_position == "content":
             x = x + pos
-        for layer in self.vl_encoder:
+        for i, layer in enumerate(self.vl_encoder, 1):
+            if maps is not None:
+                weights = layer.self_attn(x + pos, x + pos, x, key_padding_mask=pad)[1]  # (B, 1 + L + N, 1 + L + N)
+                maps[f"[REG], V-L layer {i}"] = square(weights[:, 0, -vision.pad.shape[1]:])
             x = layer(x, pos, pad)
         with in_full_precision(x):
             boxes = self.head(x[:, 0].float()).sigmoid()         # (B, 4)
@@ -562,6 +568,12 @@ class M2IST(nn.Module):
             bce = F.binary_cross_entropy_with_logits(marks, inside)
             loss = loss + self.c.token_loss * (bce + dice_loss(marks, inside))
         return loss
+
+
+def square(tokens: Tensor) -> Tensor:
+    """(B, N) -> (B, H, W), for a square canvas"""
+    side = int(tokens.shape[1] ** 0.5)
+    return tokens.unflatten(1, (side, side))
 
 
 def tokens_in_boxes(boxes: Tensor, n: int) -> Tensor:

@@ -219,6 +219,13 @@ class Attention(nn.Module):
         n = v.shape[1]
         return self.out_proj(*self.inner_attn_ln(x[:, :n], x[:, n:]))
 
+    def look(self, v: Tensor, t: Tensor, pad: Tensor) -> Tensor:
+        """How the sentence's first token attends to the picture's (B, n), a mean over heads; pad: (B, n + L)."""
+        q, k = self.q_proj.B(t[:, :1]), torch.cat(self.k_proj(v, t), 1)
+        q, k = (x.unflatten(2, (self.heads, -1)).transpose(1, 2) for x in (q, k))  # (B, h, 1 or n + L, d / h)
+        scores = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).masked_fill(pad[:, None, None], -torch.inf)
+        return scores.softmax(3).mean(1)[:, 0, :v.shape[1]]
+
 
 class FFN(nn.Module):
     """MLP_v or MLP_t of Eq. 5."""
@@ -317,6 +324,11 @@ class Fusion(nn.Module):
             q, kv, pad = q[:, :n], kv[:, n:], pad[:, n:]
         y = self.attention(q, kv, kv, key_padding_mask=pad, need_weights=False)[0]
         return x + F.pad(y, (0, 0, 0, x.shape[1] - y.shape[1]))
+
+    def look(self, x: Tensor, n: int, pad: Tensor) -> Tensor:
+        """How the sentence's first token attends to the picture's (B, n), a mean over heads."""
+        y = self.norm(x)
+        return self.attention(y[:, n:n + 1], y, y, key_padding_mask=pad)[1][:, 0, :n]
 
 
 class BiDirection(nn.Module):
@@ -449,12 +461,26 @@ class SharedRIS(nn.Module):
         """SentencePiece: start, pieces, end, then PAD up to the longest; cut to `words` with the end kept. -> (B, L)"""
         return prompted(self.beit3.pieces.tokenize(list(sentences), self.c.words), self.c)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised pictures, (B, L) tokens -> logits (B, 1, 4S/p, 4S/p)"""
+    def forward(self, images: Tensor, tokens: Tensor, maps: dict[str, Tensor] | None = None) -> Tensor:
+        """(B, 3, S, S) normalised pictures, (B, L) tokens -> logits (B, 1, 4S/p, 4S/p)
+
+        `maps` gets the attention of the sentence's first token over the picture (Fig. 7), in the encoder's last layer,
+        and in FPN and decoder where these have self-attention.
+        """
         h = self.beit3(images, tokens)
         n = h[-1][0].shape[1]
         pad = F.pad(tokens == PAD, (n, 0))                       # (B, n + L), the picture has none
-        return self.decoder(self.fpn(h, pad), n, pad)
+        z = self.fpn(h, pad)                                     # (B, n + L, d_w)
+        if maps is not None:
+            layer = self.beit3.layers[-1]
+            looks = {"encoder": layer.self_attn.look(*layer.self_attn_layer_norm(*h[-2]), pad)}
+            for j, w, fuse in zip(self.fpn.stages, self.fpn.w, self.fpn.fusion):
+                if self.c.fpn_fusion == "self":
+                    looks[f"FPN, stage {j}"] = fuse.look(torch.cat([w(part) for part in h[j - 1]], 1), n, pad)
+            if self.c.decoder_fusion == "self" and len(self.decoder.layers):
+                looks["decoder"] = self.decoder.layers[0].fusion.look(z, n, pad)
+            maps |= {name: x[:, 1:].unflatten(1, (self.beit3.grid,) * 2) for name, x in looks.items()}
+        return self.decoder(z, n, pad)
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Eq. 12; masks: (B, S, S) in 0..1 on the canvas."""

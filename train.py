@@ -6,8 +6,8 @@
     python train.py ... --resume                                         # the same command, where it stopped
 
 The run folder gets config.json (everything, resolved), log.jsonl, model.safetensors (what was trained, best on val),
-resume.pt (all that --resume needs) and metrics.json. Every setting of the method is a flag; --help with --method X
-lists them.
+resume.pt (all that --resume needs), metrics.json, curves.png and samples.png (a few answers on val). Every setting of
+the method is a flag; --help with --method X lists them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ from tqdm import tqdm
 
 import common
 import data
-from common import Process, UserError
-from evaluate import MAIN_METRIC, METHODS, evaluate_split, load_method
+import draw
+from common import METHODS, Process, UserError, load_method
+from evaluate import MAIN_METRIC, draw_examples, evaluate_split
 
 
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
@@ -149,7 +150,8 @@ def lock(out: Path, resume: bool = False):
         print(f"{out} cannot be locked, so nothing keeps a second command out of it", file=sys.stderr)
     if (out / "config.json").exists() and not resume:
         raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
-    for name in "config.json", "log.jsonl", "model.safetensors", "resume.pt", "metrics.json":
+    for name in ("config.json", "log.jsonl", "model.safetensors", "resume.pt", "metrics.json", "curves.png",
+                 "samples.png"):
         for leftover in out.glob(f".{name}.*"):
             leftover.unlink(missing_ok=True)
     return file
@@ -436,7 +438,19 @@ def learn(args: argparse.Namespace, c, process: Process, out: Path, stop: common
         if val[MAIN_METRIC[model.task]] > best:
             best = val[MAIN_METRIC[model.task]]
             process.first_alone(save_best)
+        process.first_alone(draw_pictures)
         return True
+
+    def draw_pictures() -> None:
+        """What a glance at the run folder tells: its curves, and the same few expressions of val every time."""
+        was_training = model.training
+        model.eval()
+        try:
+            draw_examples(out / "samples.png", model, val_source, 12, most=steps * c.batch_size)
+            draw.draw_curves(out / "log.jsonl", MAIN_METRIC[model.task], out / "curves.png")
+        except (UserError, OSError, ImportError) as e:  # no reason to stop a run
+            process.say(f"no pictures of this validation: {e}")
+        model.train(was_training)
 
     def leave(pending: bool) -> int:
         save_resume(pending)

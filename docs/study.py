@@ -137,9 +137,6 @@ def plot(rows: list[dict], metric: str, title: str, file: Path) -> None:
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
     for axis, (key, unit, name) in zip(panels, (("beside_head", 1, "parameters trained beside the head"),
                                                 ("saved", 2**20, "MiB kept for backward, per image"))):
-        axis.axhline(mean(as_is["values"]), color="0.6", linestyle="--", linewidth=1)
-        axis.annotate("as it is", (1, mean(as_is["values"])), xycoords=("axes fraction", "data"), color="0.4",
-                      xytext=(-4, 4), textcoords="offset points", ha="right")
         for n, row in enumerate(rows):
             x, y, color, seeds = row[key] / unit, mean(row["values"]), f"C{n}", len(row["values"])
             axis.plot([x] * seeds, row["values"], "o", color=color, markersize=4, alpha=0.5)
@@ -148,9 +145,12 @@ def plot(rows: list[dict], metric: str, title: str, file: Path) -> None:
         axis.set_xlabel(name)
         axis.grid(alpha=0.25)
         axis.margins(x=0.12)
+    most = max(row["beside_head"] for row in rows)
     panels[0].set_xscale("symlog", linthresh=1000)
+    panels[0].set_xlim(-400, max(10_000, 2 * most))
+    panels[0].set_xticks([t for t in (0, 1e3, 1e4, 1e5, 1e6, 1e7) if t <= 2 * most])
     panels[0].set_ylabel(f"val {metric} on shapes-shift")
-    panels[1].legend(title="--tune, and its mean", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    panels[1].legend(title=f"--tune, and its mean\n(as it is: {mean(as_is['values']):.1f})", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(title)
     temporary = file.with_name(f".{file.name}.png")
     figure.savefig(temporary, dpi=110)

@@ -1,6 +1,8 @@
 """python -m pytest tests/test_commands.py"""
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -60,8 +62,8 @@ def run(tmp_path_factory):
 
 
 def test_a_run_folder_is_complete(run):
-    assert sorted(p.name for p in run.iterdir() if p.name != ".lock") == ["config.json", "log.jsonl", "metrics.json", "model.safetensors",
-                                                    "resume.pt"]
+    assert sorted(p.name for p in run.iterdir() if p.name != ".lock") == [
+        "config.json", "curves.png", "log.jsonl", "metrics.json", "model.safetensors", "resume.pt", "samples.png"]
     config = json.loads((run / "config.json").read_text())
     assert config["config"]["tune"] == "full" and config["config"]["steps"] == 20 and config["seed"] == 0
     assert config["versions"]["torch"] == torch.__version__
@@ -83,6 +85,22 @@ def test_evaluation_repeats_validation_and_does_not_depend_on_processes(run, tmp
     two = command("evaluate.py", "--ckpt", run / "model.safetensors", "--batch-size", 32, "--json", "-", "--device", "cpu",
                   world=2, check=0)
     assert json.loads(two.stdout) == one
+
+
+def test_several_sentences_about_one_picture(run, tmp_path, capsys):
+    photo = np.random.default_rng(0).integers(0, 255, (90, 161, 3)).astype(np.uint8)
+    Image.fromarray(photo).save(tmp_path / "a.png")
+    words = ["--ckpt", str(run), "--image", str(tmp_path / "a.png"), "--threshold", "0.02", "--out", str(tmp_path / "b.png")]
+    sentences = ["the left thing", "a circle " * 30, "the small red cross at the bottom"]
+    evaluate.main([*words, *(w for s in sentences for w in ("--text", s)), "--json", "-"])
+    found = json.loads(capsys.readouterr().out)
+    assert [a["text"] for a in found["answers"]] == [s.strip() for s in sentences] and found["width"] == 161
+    for n, (sentence, answer) in enumerate(zip(sentences, found["answers"]), 1):
+        assert answer["mask"] == str(tmp_path / f"b_mask_{n}.png")
+        evaluate.main([*words, "--text", sentence, "--mask", str(tmp_path / "one.png"), "--json", "-"])
+        alone = json.loads(capsys.readouterr().out)
+        assert {k: v for k, v in answer.items() if k != "mask"} == {k: alone[k] for k in answer if k != "mask"}
+        assert np.array_equal(np.asarray(Image.open(answer["mask"])), np.asarray(Image.open(tmp_path / "one.png")))
 
 
 def test_shuffled_text_all_splits_and_drawing(run, tmp_path, capsys):
@@ -566,24 +584,59 @@ def test_efficiency_of_each_value_of_a_setting(capsys):
         evaluate.main(["--efficiency", "--method", "m2ist", "--backbone", "tiny", "--vary", "lr"])
 
 
-def test_the_study_from_towers_to_a_plot(tmp_path):
-    """docs/study.py on the whole sets, two steps each; the same command again trains nothing."""
-    words = "docs/study.py", "--steps", 2, "--seeds", 1, "--tunes", "bitfit", "--out", tmp_path / "runs"
-    out = command(*words, check=0).stdout
-    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
-    assert [row[0] for row in cells[2:]] == ["none (as it is)", "bitfit"] and cells[3][1] == "337,089"
-    rows = json.loads((tmp_path / "runs" / "study.json").read_text())
-    metrics = json.loads((tmp_path / "runs" / "dcris-1-2steps-bitfit" / "metrics.json").read_text())
-    assert rows[1]["values"] == [metrics["mIoU"]] and cells[3][4] == f"{metrics['mIoU']:.1f}"
-    info = common.read_checkpoint(str(tmp_path / "runs" / "dcris-1-2steps-bitfit"))[0]
-    assert info["weights"] == str(tmp_path / "runs" / "dcris-1-2steps") and info["dataset"] == "shapes-shift"
-    assert os.path.exists(tmp_path / "runs" / "study.png") == (importlib.util.find_spec("matplotlib") is not None)
-
-
-def test_a_study_that_cannot_be(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def study(monkeypatch):
+    """docs/study.py, whose commands run in this process, one after another."""
     spec = importlib.util.spec_from_file_location("study", ROOT / "docs" / "study.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    class Serial:
+        def __init__(self, jobs):
+            self.map = map
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    module.really, module.ran = module.command, []
+
+    def command(program, *flags):
+        module.ran.append(list(map(str, flags)))
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            dict([("train.py", train.main), ("evaluate.py", evaluate.main)])[program]([*module.ran[-1], "--device", "cpu"])
+        return out.getvalue()
+
+    monkeypatch.setattr(module, "command", command)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Serial)
+    return module
+
+
+def test_the_study_from_towers_to_a_plot(study, tmp_path, capsys):
+    flags = ["--steps", "7", "--seeds", "1,2", "--tunes", "bitfit,full", "--out", str(tmp_path / "runs")]
+    study.main(flags)
+    out = capsys.readouterr().out
+    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
+    assert [row[0] for row in cells[2:]] == ["none (as it is)", "bitfit", "full"] and cells[3][1] == "337,089"
+    rows = json.loads((tmp_path / "runs" / "study.json").read_text())
+    for tune, row, line in zip(("bitfit", "full"), rows[1:], cells[3:]):
+        runs = [tmp_path / "runs" / f"dcris-{seed}-7steps-{tune}" for seed in (1, 2)]
+        metrics = [json.loads((run / "metrics.json").read_text())["mIoU"] for run in runs]
+        assert row["values"] == metrics and line[4] == ", ".join(f"{m:.1f}" for m in metrics)
+        info = common.read_checkpoint(str(runs[1]))[0]
+        assert info["weights"] == str(tmp_path / "runs" / "dcris-2-7steps") and info["seed"] == 2
+        assert info["dataset"] == "shapes-shift" and info["config"]["tune"] == tune
+    assert os.path.exists(tmp_path / "runs" / "study.png") == (importlib.util.find_spec("matplotlib") is not None)
+    study.ran.clear()
+    study.main(flags)  # again: what is there is not trained again
+    assert len(study.ran) == 10 and all("--resume" in words for words in study.ran if "--method" in words and
+                                        "--efficiency" not in words)
+    assert json.loads((tmp_path / "runs" / "study.json").read_text()) == rows
+
+
+def test_a_study_that_cannot_be(study, tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     for flags, message in [(["--tunes", "lora,lore"], "--tunes: dcris has method, frozen"), (["--seeds", "1,1"], "each once"),
                            (["--steps", "0"], "must be positive"), (["--out", str(tmp_path / "file")], "File exists"),
@@ -599,4 +652,4 @@ def test_a_study_that_cannot_be(tmp_path, capsys, monkeypatch):
     study.plot(rows, "mIoU", "a title", tmp_path / "a.png")
     assert "pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "a.png").exists()
     with pytest.raises(SystemExit, match="nothing.py --steps 3 ended with 2: .*nothing.py"):
-        study.command("nothing.py", "--steps", 3)
+        study.really("nothing.py", "--steps", 3)

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import costs
 import dcris
+import draw
 import etris
 from common import UserError
 
@@ -213,10 +215,10 @@ def test_saved_bytes_are_what_autograd_keeps():
 
     x = torch.randn(5, 8)
     # the input (5 x 8) and the ReLU's output (5 x 16), once each, in float32; the weights do not count
-    assert common.saved_bytes(Twice(), x, None, None) == 4 * (5 * 8 + 5 * 16)
+    assert costs.saved_bytes(Twice(), x, None, None) == 4 * (5 * 8 + 5 * 16)
     frozen = Twice()
     frozen.a.requires_grad_(False)
-    assert common.saved_bytes(frozen, x, None, None) == 4 * (5 * 16)
+    assert costs.saved_bytes(frozen, x, None, None) == 4 * (5 * 16)
 
 
 def test_what_was_counted_is_freed():
@@ -234,14 +236,14 @@ def test_what_was_counted_is_freed():
             return y.sum()
 
     model = Exp()
-    assert common.saved_bytes(model, torch.ones(3), None, None) == 2 * 3 * 4
+    assert costs.saved_bytes(model, torch.ones(3), None, None) == 2 * 3 * 4
     gc.collect()
     assert model.seen() is None
 
 
 def test_efficiency_of_tiny():
     torch.manual_seed(0)
-    rows = {t: common.efficiency(dcris.DCRIS(dcris.config("tiny", tune=t))) for t in ("method", "frozen", "full")}
+    rows = {t: costs.efficiency(dcris.DCRIS(dcris.config("tiny", tune=t))) for t in ("method", "frozen", "full")}
     assert rows["method"]["params_adapter"] == 36_344 and rows["frozen"]["params_adapter"] == 0
     assert rows["frozen"]["saved_bytes_per_image"] < rows["method"]["saved_bytes_per_image"]
     assert rows["frozen"]["params_trainable"] == rows["frozen"]["params_head"]
@@ -251,12 +253,25 @@ def test_efficiency_of_tiny():
 def test_drawing():
     image, mask = np.zeros((30, 40, 3), dtype=np.uint8), np.zeros((30, 40), dtype=bool)
     mask[10:20, 0:10] = True
-    picture = common.overlay(image, mask, "a sentence " * 20)
+    picture = draw.overlay(image, [mask], ["a sentence " * 20])
     assert picture.width == 480 and picture.height > 360  # drawn larger, with lines of text below
     pixels = np.asarray(picture)
     assert pixels[180, 60, 0] > 80 and (pixels[180, 300] == 0).all()  # tinted inside, untouched outside
-    assert common.overlay(image, ~mask & mask, "犬 \U0001f415 " + "x" * 300).width == 480
-    assert common.grid([picture] * 5, 2).size == (960, 3 * picture.height)
+    assert draw.overlay(image, [~mask & mask], ["犬 \U0001f415 " + "x" * 300]).width == 480
+    assert draw.grid([picture] * 5, 2).size == (960, 3 * picture.height)
+
+
+def test_answers_in_colours_of_their_own():
+    image = np.zeros((48, 60, 3), dtype=np.uint8)
+    masks = [np.zeros((48, 60), dtype=bool) for _ in range(2)]
+    masks[0][5:20, 5:20] = masks[1][25:40, 25:40] = True
+    pixels = np.asarray(draw.overlay(image, masks, ["one", "two"], least=48))
+    for n, at in enumerate([(10, 10), (30, 30)]):
+        assert np.abs(pixels[at] - 0.45 * draw.COLORS[n]).max() < 1
+        assert (pixels[48:] == draw.COLORS[n]).all(2).sum() > 20  # its mark in the legend
+    boxes = np.asarray(draw.overlay(image, [(5, 5, 20, 20), (25, 25, 40, 40)], least=48))
+    assert tuple(boxes[5, 10]) == tuple(draw.COLORS[0]) and tuple(boxes[25, 30]) == tuple(draw.COLORS[1])
+    assert draw.overlay(image, [None], ["nothing"], least=48).size[0] == 60
 
 
 # what two method files have in common

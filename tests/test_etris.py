@@ -11,7 +11,8 @@ from safetensors.torch import save_file
 
 import data
 import etris
-from common import UserError, count, fingerprint, saved_bytes, trained_names, trained_state
+from common import UserError, count, fingerprint, trained_names, trained_state
+from costs import saved_bytes
 from tests.test_common import attention, linear, norm, save_as_openai, shuffle, two_steps
 
 SENTENCES = ["the small red circle on the left", "square"]

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import common
 import data
@@ -161,7 +162,7 @@ def test_damaged_data_sets(tmp_path, monkeypatch, what):
 def test_damaged_checkpoints_and_weights(tmp_path):
     run, photo = tmp_path / "run", tmp_path / "a.png"
     train.main([*SMALL, "--steps", "1", "--val-every", "1", "--out", str(run)])
-    common.Image.fromarray(np.zeros((40, 50, 3), dtype=np.uint8)).save(photo)
+    Image.fromarray(np.zeros((40, 50, 3), dtype=np.uint8)).save(photo)
     canary, weights = tmp_path / "canary", tmp_path / "weights.pth"
     torch.save({"model": {"a.weight": torch.zeros(3)}, "args": 1}, weights)
     rng, process = random.Random(f"{SEED} checkpoints"), common.start(device="cpu")

@@ -13,7 +13,8 @@ from transformers import BertConfig, BertModel, DetrConfig, DetrModel, ResNetCon
 
 import common
 import m2ist
-from common import UserError, count, fingerprint, saved_bytes, trained_state
+from common import UserError, count, fingerprint, trained_state
+from costs import saved_bytes
 from tests.test_common import two_steps
 
 SENTENCES = ["the small red circle on the left", "square"]

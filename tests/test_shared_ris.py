@@ -15,7 +15,8 @@ import common
 import evaluate
 import shared_ris
 import train
-from common import PAD, UserError, count, fingerprint, saved_bytes, trained_names, trained_state
+from common import PAD, UserError, count, fingerprint, trained_names, trained_state
+from costs import saved_bytes
 from tests.test_common import attention, linear, norm, shuffle, two_steps
 from tests.test_data import make_refer
 

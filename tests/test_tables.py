@@ -14,9 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
+import costs
 import evaluate
 import train
-from common import UserError, agrees, baseline_of, count, fingerprint, parameters, trained_names
+from common import UserError, baseline_of, count, fingerprint, parameters, trained_names
+from costs import agrees
 from tests.test_common import attention, two_steps
 from tests.test_commands import few_pictures  # noqa: F401
 
@@ -79,7 +81,7 @@ DIFFER = dict(  # rows whose printed sizes are not ours
 def test_every_row_has_its_size(paper):
     for number, table in MODULES[paper].TABLES.items():
         names = [r.flags.get("method", paper) for r in table.rows]
-        rows = [evaluate.row_sizes(name, common.row_config(MODULES[name], r, table)[0])
+        rows = [costs.row_sizes(name, costs.row_config(MODULES[name], r, table)[0])
                 for name, r in zip(names, table.rows)]
         if paper == "shared_ris":
             assert [(r["fpn"], r["decoder"]) for r in rows] == FPN_DECODER[number], number
@@ -106,7 +108,7 @@ def test_every_row_says_how_to_train_it_and_why_it_differs(paper, capsys):
         assert words[:2] == ["python", "train.py"]
         args, c = train.parse(words[2:])  # as the shell would give them
         assert args.method == row.flags.get("method", paper) and args.data_root == "DATA"
-        assert (c, args.dataset) == common.row_config(MODULES[args.method], row, table)
+        assert (c, args.dataset) == costs.row_config(MODULES[args.method], row, table)
         assert len(row.quoted) == len(table.columns) == len(r["quoted"])
         differs = r["row"] in DIFFER[paper].get(r["table"], [])
         assert r["match"] is (not differs if row.printed else None) and (r["note"] or not differs), r
@@ -149,7 +151,7 @@ def test_every_row_trains(name):
         for table in module.TABLES.values():
             for row in table.rows:
                 if row.flags.get("method", paper) == name:
-                    c = common.row_config(method, row, table)[0]
+                    c = costs.row_config(method, row, table)[0]
                     distinct[small(method, c)] = f"{paper} {row.name}"
     for c, row in distinct.items():
         trains(method, c, row)
@@ -163,7 +165,7 @@ def trains(method, c, what):
     for p in parameters(model)["backbone"]:  # open_clip starts some weights of a ResNet at 0
         if p.dim() == 1 and not p.any():
             nn.init.constant_(p, 0.1)
-    images, tokens, target = common.blank(model, 2)
+    images, tokens, target = costs.blank(model, 2)
     images.normal_()
     before, frozen = two_steps(model, images, tokens, target)
     after, trained = model.state_dict(), trained_names(model)
@@ -190,10 +192,10 @@ def build(name, tune, backbone="tiny", seed=0, **flags):
 @pytest.mark.parametrize("tune", BASELINES)
 def test_a_baseline_starts_as_nothing_and_learns(name, tune):
     frozen, model = build(name, "frozen").eval(), build(name, tune).eval()
-    images, tokens, _ = common.blank(frozen, 2)
+    images, tokens, _ = costs.blank(frozen, 2)
     images.normal_(generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected, got = frozen(images, tokens), model(images, model.tokenize([common.SENTENCE] * 2))
+        expected, got = frozen(images, tokens), model(images, model.tokenize([costs.SENTENCE] * 2))
     assert torch.allclose(got, expected, atol=1e-5) == (tune != "coop")
     assert set(frozen.state_dict()) - {k for k in frozen.state_dict() if tune == "lora" and "weight" in k} <= set(
         model.state_dict())  # the towers keep their names, but for what LoRA stands before
@@ -220,7 +222,7 @@ def test_a_checkpoint_of_a_baseline(name, tune, tmp_path):
     model, _ = evaluate.load_run(run, None, common.start(device="cpu"))
     assert state.keys() == trained_names(model) and info["config"]["tune"] == tune
     assert any("baseline" in k or "parametrizations" in k for k in state)
-    sizes = common.efficiency(model)
+    sizes = costs.efficiency(model)
     bytes_ = (tmp_path / "run" / "model.safetensors").stat().st_size
     assert sizes["checkpoint_bytes"] < bytes_ < 1.05 * sizes["checkpoint_bytes"]
     saved = torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["optimizer"]["state"]
@@ -315,7 +317,7 @@ def test_prompts_stand_behind_the_start_token(name):
     embedded, table = model.get_submodule(words)(tokens), model.get_submodule(words).weight
     assert torch.equal(embedded[:, 1:9], model.baseline[0].vectors.expand(2, -1, -1))
     assert torch.equal(embedded[:, 0], table[tokens[:, 0]]) and torch.equal(embedded[:, 9:], table[tokens[:, 9:]])
-    images = common.blank(model, 2)[0]
+    images = costs.blank(model, 2)[0]
     with torch.no_grad():  # a batch is what its samples are, one by one
         both, each = model(images, tokens), torch.cat([model(images[:1], model.tokenize([s])) for s in SENTENCES])
     assert torch.allclose(both, each, atol=1e-4)
@@ -324,7 +326,7 @@ def test_prompts_stand_behind_the_start_token(name):
 @pytest.mark.parametrize("tune", BASELINES)
 def test_a_copy_of_a_model_has_a_baseline_of_its_own(tune):
     model = build("dcris", tune).eval()
-    images, tokens, _ = common.blank(model, 1)
+    images, tokens, _ = costs.blank(model, 1)
     for p in parameters(model)["adapter"]:
         nn.init.normal_(p, std=0.1)
     other = copy.deepcopy(model)
@@ -350,7 +352,7 @@ def test_bitfit_trains_every_bias_that_is_read():
 def test_the_towers_of_frozen_encoders_have_no_graph_until_something_in_them_learns():
     for tune, graph in (("method", False), ("method+lora", True), ("adapter", True), ("bitfit", True)):
         model = build("m2ist", tune).train()
-        images, tokens, _ = common.blank(model, 2)
+        images, tokens, _ = costs.blank(model, 2)
         assert (model.encode_text(tokens).output.requires_grad, bool(model.features_key)) == (graph, not graph), tune
 
 
@@ -378,7 +380,7 @@ def test_only_some_towers_get_a_baseline():
 
 def test_gflops_by_part_and_bytes():
     model = build("dcris", "method+adapter")
-    row = common.efficiency(model)
+    row = costs.efficiency(model)
     parts = row["parts"]
     assert math.isclose(sum(p.get("gflops", 0) for p in parts.values()), row["gflops_forward"], abs_tol=0.01)
     assert sum(p["params"] for p in parts.values() if "params" in p) == row["params_total"]
@@ -390,7 +392,7 @@ def test_gflops_by_part_and_bytes():
     trained = [p for p in model.parameters() if p.requires_grad]
     assert row["optimizer_bytes"] == 8 * sum(p.numel() for p in trained) + 4 * len(trained)
     assert row["step_seconds_per_image"] is None
-    timed = common.efficiency(model, timed=1)
+    timed = costs.efficiency(model, timed=1)
     assert timed["step_seconds_per_image"] > 0 and timed["forward_seconds_per_image"] > 0
 
 
@@ -402,11 +404,11 @@ def test_gflops_of_the_full_models_parts():
             ("shared_ris", "beit3-base", "shared_ris", dict(beit3=188.78, fpn=19.50, decoder=100.03))]:
         with torch.device("meta"):
             model = MODULES[name].Model(MODULES[name].config(backbone, variant))
-        got = common.forward_gflops(model)
+        got = costs.forward_gflops(model)
         assert all(math.isclose(got[k], v, abs_tol=0.02) for k, v in expected.items()), (name, got)
     with torch.device("meta"):
         model = build("shared_ris", "frozen")
-    assert common.forward_gflops(build("shared_ris", "frozen")) == common.forward_gflops(model)  # no fast path hides any
+    assert costs.forward_gflops(build("shared_ris", "frozen")) == costs.forward_gflops(model)  # no fast path hides any
 
 
 def test_efficiency_is_asked_for_a_method(capsys):
@@ -428,13 +430,13 @@ def test_efficiency_is_asked_for_a_method(capsys):
 
 def test_the_papers_memory_stands_beside_ours():
     m2ist = MODULES["m2ist"]
-    row = common.printed(m2ist, m2ist.config())
+    row = costs.printed(m2ist, m2ist.config())
     assert row["tuned"] == "3.19M" and row["GB at 64"] == 15.44 and row["tables"] == "I II IV V VI VII IX X".split()
     dcris = MODULES["dcris"]
-    assert common.printed(dcris, dcris.config()) == dict(
+    assert costs.printed(dcris, dcris.config()) == dict(
         tables=["2", "4", "5"], tuned="2.69M", percent="1.79%", note=dcris.PERCENT)
-    rows = [dict(tune=t, saved_bytes_per_image=n, paper=common.printed(m2ist, m2ist.config(tune=t)))
+    rows = [dict(tune=t, saved_bytes_per_image=n, paper=costs.printed(m2ist, m2ist.config(tune=t)))
             for t, n in (("method", 30), ("full", 100))]
-    evaluate.beside_full(rows)
+    costs.beside_full(rows)
     assert rows[0]["saved_percent_of_full"] == 30.0 and rows[0]["paper_memory_percent_of_full"] == 39.6
-    assert common.printed(m2ist, m2ist.config("tiny")) == {}
+    assert costs.printed(m2ist, m2ist.config("tiny")) == {}

@@ -1,0 +1,308 @@
+"""What the papers' tables count: parameters, FLOPs, bytes, seconds, for `evaluate.py --efficiency` and `--tables`.
+
+A method's TABLES (common.Row) say how to build each row; nothing in here is measured on data.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import time
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import common
+from common import Process, Row, Table, count, parameters, trained_state
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """What the papers' tables print of a model: `tuned`, all that is trained but the head's; `head`, the head as it is;
+    their `total`; and each part under its own name, such as `decoder`."""
+    parts = parameters(model)
+    head, trained = count(model.parts()["head"]), sum(p.numel() for p in parts["head"] if p.requires_grad)
+    tuned = count(model, trainable=True) - trained
+    return {name: count(m) for name, m in model.named_children()} | dict(
+        tuned=tuned, head=head, total=tuned + head, backbone=sum(p.numel() for p in parts["backbone"]))
+
+
+def printed(method, c) -> dict:
+    """The sizes that the paper's tables print of a configuration, with these tables and the first note; {} for none."""
+    found, tables, notes = {}, [], []
+    for number, table in method.TABLES.items():
+        for row in table.rows:
+            if row.printed and row.flags.get("method", method.__name__) == method.__name__ and \
+                    row_config(method, row, table)[0] == c:
+                memory = {k: v for k, v in zip(table.columns, row.quoted) if k.startswith("GB")}
+                found = row.printed | memory | found
+                tables.append(number)
+                notes += [row.note] if row.note else []
+    return dict(tables=tables) | found | (dict(note=notes[0]) if notes else {}) if found else {}
+
+
+def row_config(method, row: Row, table: Table) -> tuple:
+    """(its Config, its data set)"""
+    flags = dict(row.flags)
+    flags.pop("method", None)
+    names = [flags.pop(k, default) for k, default in (("backbone", next(iter(method.BACKBONES))),
+                                                      ("variant", method.VARIANTS[0]), ("dataset", table.dataset))]
+    return method.config(*names, **flags), names[2]
+
+
+def train_command(method: str, row: Row, table: Table) -> str:
+    """What trains a row."""
+    flags = dict(method=method, dataset=table.dataset, data_root="DATA") | row.flags
+    words = ["python", "train.py"]
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+    return shlex.join(words)
+
+
+def agrees(size: float, printed: str) -> bool:
+    """Whether a size, rounded as the paper has it (1.94M, 4.10K, 0.30%, 50), is what the paper prints."""
+    number = printed.rstrip("MK%")
+    size /= dict(M=1e6, K=1e3).get(printed[-1], 1)
+    return f"{size:.{len(number.partition('.')[2])}f}" == number
+
+
+def saved_bytes(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor) -> int:
+    """Bytes that one training forward keeps for backward: unique storages, without parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    storages = {}
+
+    def keep(t: Tensor) -> None:  # a graph that keeps t itself may hold itself, and is then never freed
+        s = t.untyped_storage()
+        if s.data_ptr() not in own:
+            storages[s.data_ptr()] = s  # held, so that no address is used twice
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda _: None):
+        model.loss(model(images, tokens), target)
+    return sum(s.nbytes() for s in storages.values())
+
+
+SENTENCE = "the small red circle on the left of the large blue square above the cross next to it"  # 18 words: 20 tokens
+
+
+def blank(model: nn.Module, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """n black pictures, SENTENCE as tokens, and a target."""
+    device, size = next(model.parameters()).device, model.preprocess.size
+    images = torch.zeros(n, 4 if model.preprocess.pad_channel else 3, size, size, device=device)
+    target = torch.full((n, size, size) if model.task == "mask" else (n, 4), 0.5, device=device)
+    return images, model.tokenize([SENTENCE] * n).to(device), target
+
+
+@torch.no_grad()
+def forward_gflops(model: nn.Module) -> dict[str, float]:
+    """GFLOPs of one picture and SENTENCE (1 multiply-add = 2 FLOPs), in eval mode, which it leaves on: of each part
+    under its name in the model, of a `baseline`, of the `rest`, the products that are taken outside modules, such as
+    those of an attention written out, and their `total`. A model on the meta device will do."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    images, tokens, _ = blank(model.eval(), 1)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it, nor into all fused attentions
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(images, tokens)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    prefix = type(model).__name__ + "."
+    calls = {name.removeprefix(prefix): sum(ops.values()) / 1e9 for name, ops in counter.get_flop_counts().items()
+             if name.startswith(prefix)}
+    within = {id(m) for m in model.baseline}
+    baseline = {name: calls[name] for name, m in model.named_modules() if id(m) in within and name in calls}
+    out = {}
+    for part, _ in model.named_children():
+        inside = [name for name in calls if name.startswith(part + ".") or name == part]
+        top = [name for name in inside if not any(name.startswith(other + ".") for other in inside)]
+        out[part] = sum(calls[name] for name in top) - sum(calls[name] for name in baseline if name in inside)
+    total = counter.get_total_flops() / 1e9
+    out |= dict(baseline=sum(baseline.values()), rest=total - sum(out.values()) - sum(baseline.values()), total=total)
+    return {name: round(n, 3) for name, n in out.items() if round(n, 3) or name == "total"}
+
+
+def efficiency(model: nn.Module, timed: int = 0) -> dict:
+    """What a model costs, for one image: parameters, GFLOPs, bytes kept for backward, bytes of Adam's state and of a
+    checkpoint; with `timed`, the median of so many times, in seconds, and on CUDA the peak of memory."""
+    images, tokens, target = blank(model, 2)
+    device = images.device
+    parts = {name: sum(p.numel() for p in parameters) for name, parameters in parameters(model).items()}
+    gflops, baseline = forward_gflops(model), count(model.baseline)
+    own = {id(p) for m in model.baseline for p in m.parameters()}
+    by_part = {name: dict(params=sum(p.numel() for p in m.parameters() if id(p) not in own))
+               for name, m in model.named_children() if count(m)}
+    by_part |= dict(baseline=dict(params=baseline)) if baseline else {}
+    for name, n in gflops.items():
+        if name != "total":
+            by_part.setdefault(name, {})["gflops"] = n
+    trained = [p for p in model.parameters() if p.requires_grad]
+    model.train()
+    out = dict(
+        params_total=count(model), params_trainable=count(model, trainable=True), params_adapter=parts["adapter"],
+        params_head=parts["head"], params_backbone=parts["backbone"],
+        adapter_percent_of_backbone=round(100 * parts["adapter"] / parts["backbone"], 4), parts=by_part,
+        gflops_forward=gflops["total"], saved_bytes_per_image=saved_bytes(model, images, tokens, target) // 2,
+        optimizer_bytes=sum(2 * p.nbytes + 4 for p in trained),  # two moments, and a count of steps
+        checkpoint_bytes=sum(t.nbytes for t in trained_state(model).values()))  # without its header, the tensors' names
+    out |= times(model, images, tokens, target, timed) if timed else dict(step_seconds_per_image=None)
+    return out | dict(
+        device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads")
+
+
+def times(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor, n: int) -> dict[str, float]:
+    """Medians of n after a first that does not count: seconds per image of a forward, and of a training step but for
+    the optimizer's; the peak of memory is that of these steps, on CUDA."""
+    cuda, medians = images.device.type == "cuda", {}
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+
+    def forward() -> None:
+        with torch.no_grad():
+            model(images, tokens)
+
+    def step() -> None:
+        model.loss(model(images, tokens), target).backward()
+        model.zero_grad()
+
+    for name, run in ("forward_seconds_per_image", forward), ("step_seconds_per_image", step):
+        model.train(run is step)
+        seconds = []
+        for _ in range(n + 1):
+            begin = time.perf_counter()
+            run()
+            if cuda:
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - begin)
+        medians[name] = round(float(np.median(seconds[1:])) / len(images), 4)
+    return medians | (dict(cuda_peak_mib=round(torch.cuda.max_memory_allocated() / 2**20)) if cuda else {})
+
+
+# What the commands print
+
+
+def show_efficiency(args: argparse.Namespace, process: Process) -> None:
+    rows = []
+    for name in [args.method] if args.method else common.METHODS:
+        method = common.load_method(name)
+        if args.tune not in (None, *method.TUNES):
+            continue  # Shared-RIS has no adapters beside which a baseline could stand
+        for backbone in [args.backbone] if args.backbone else method.BACKBONES:
+            names, same = (backbone, args.variant or method.VARIANTS[0], "refcoco"), []
+            for flags in varied(args, method, names):
+                c = method.config(*names, **flags)
+                process.say(f"building {name} {backbone} (--tune {c.tune}) with random weights ...")
+                model = common.build(method, c, "random", 0).to(process.device)
+                about = dict(method=name, backbone=backbone, variant=c.variant, tune=c.tune)
+                about |= {k: getattr(c, k) for k in args.vary} | dict(image_size=model.preprocess.size)
+                same.append(about | efficiency(model, args.time) | dict(paper=printed(method, c)))
+            rows += beside_full(same)
+    if process.rank == 0:
+        if args.json != "-":
+            for key in dict.fromkeys((row["method"], row["backbone"]) for row in rows):
+                print_efficiency([row for row in rows if (row["method"], row["backbone"]) == key])
+        common.write_result(args.json, rows)
+
+
+def beside_full(rows: list[dict]) -> list[dict]:
+    """With each row's share of what full tuning keeps for backward, where that is among them, and of its memory in the
+    paper."""
+    full = next((row for row in rows if row["tune"] == "full"), None)
+    for row in rows if full else ():
+        row["saved_percent_of_full"] = round(100 * row["saved_bytes_per_image"] / full["saved_bytes_per_image"], 1)
+        theirs = [r["paper"].get("GB at 64") for r in (row, full)]
+        row["paper_memory_percent_of_full"] = round(100 * theirs[0] / theirs[1], 1) if all(theirs) else None
+    return rows
+
+
+def print_efficiency(rows: list[dict]) -> None:
+    """One backbone of a method, for people."""
+    hidden = "method", "backbone", "variant", "params_total", "device", "paper", "parts"
+    first = rows[0]
+    print(f"{first['method']} {first['backbone']}" + f" ({first['variant']})" * (first["variant"] != first["method"]) +
+          f", on {first['device']}; bytes and seconds are those of one image; 1 multiply-add = 2 FLOPs")
+    hidden += tuple(k for k in first if all(row[k] is None for row in rows))
+    common.print_table([{k: "" if v is None else v for k, v in row.items() if k not in hidden} for row in rows])
+    for n, row in enumerate(rows, 1):
+        which = f"  row {n}: " if len(rows) > 1 else "  "
+        print(which + f"{row['params_total']:,} parameters: " + ", ".join(map(part_line, *zip(*row["parts"].items()))))
+        if row["paper"]:
+            print(which + "the paper: " + ", ".join(f"{k} {v}" for k, v in row["paper"].items()))
+    print()
+
+
+def part_line(name: str, part: dict) -> str:
+    said = ([f"{part['params']:,}"] if "params" in part else []) + (
+        [f"{part['gflops']:.2f} GFLOPs"] if "gflops" in part else [])
+    return f"{name} {' with '.join(said)}"
+
+
+def show_tables(args: argparse.Namespace, process: Process) -> None:
+    """Every row of the papers' tables that describes a configuration."""
+    rows = [row for name in ([args.method] if args.method else common.METHODS) for row in table_rows(name)]
+    if process.rank == 0:
+        if args.json != "-":
+            for key in dict.fromkeys((row["method"], row["table"]) for row in rows):
+                print_rows([row for row in rows if (row["method"], row["table"]) == key])
+            print("Our sizes are exact for the command; a * has a note. The figures behind them are the papers', "
+                  "measured by their authors; columns with + or g are of --dataset refcoco+ and refcocog_umd or "
+                  "refcocog_google. For DATA see the README.")
+        common.write_result(args.json, rows)
+
+
+@lru_cache(maxsize=None)
+def row_sizes(name: str, c) -> dict[str, float]:
+    """sizes of a configuration, built on the meta device; `percent` of the towers that is tuned, and for
+    Shared-RIS, whose tables have them, multiply-adds."""
+    with torch.device("meta"):
+        model = common.load_method(name).Model(c, "random")
+    found = sizes(model)
+    found["percent"] = 100 * found["tuned"] / found["backbone"]
+    if name == "shared_ris":
+        found |= {f"{part}_gmacs": n / 2 for part, n in forward_gflops(model).items()}
+    return found
+
+
+def table_rows(paper: str) -> list[dict]:
+    """The rows of a paper's tables."""
+    out = []
+    for number, table in common.load_method(paper).TABLES.items():
+        for row in table.rows:
+            name = row.flags.get("method", paper)
+            ours = row_sizes(name, row_config(common.load_method(name), row, table)[0])
+            match = all(agrees(ours[k], p) for k, p in row.printed.items()) if row.printed else None
+            out.append(dict(method=paper, table=number, row=row.name, command=train_command(paper, row, table),
+                            ours={k: round(ours[k], 2) for k in row.printed or ("tuned", "head")}, printed=row.printed,
+                            match=match, note=row.note, quoted=dict(zip(table.columns, row.quoted))))
+    return out
+
+
+def print_rows(rows: list[dict]) -> None:
+    """A table, for people: the sizes, the figures that the paper quotes, the command; notes below."""
+    print(f"{rows[0]['method']}, Table {rows[0]['table']}")
+    shown = []
+    for row in rows:
+        ours = ", ".join(f"{k} {n:,}" for k, n in row["ours"].items())
+        theirs = ", ".join(row["printed"].values()) or "-"
+        same = "" if not row["printed"] else "=" if row["match"] else "differs"
+        shown.append({"row": row["row"], "ours": ours, "printed": theirs, "": same + "*" * bool(row["note"])}
+                     | {k: "" if v is None else f"{v:.2f}" for k, v in row["quoted"].items()}
+                     | {"command": row["command"]})
+    common.print_table(shown, left=("row", "command"))
+    for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
+        print("  * " + ", ".join(row["row"] for row in rows if row["note"] == note) + ": " + note)
+    print()
+
+
+def varied(args: argparse.Namespace, method, names: tuple[str, str, str]) -> list[dict]:
+    """The flags of a configuration, and with --vary also those of one for each other value of these settings."""
+    flags = common.config_flags(args, method.Config) | dict(tune=args.tune or method.TUNES[0])
+    out = [flags]
+    for name in args.vary:
+        values = [t for t in method.TUNES if "+" not in t] if name == "tune" else common.choices(method.Config, name)
+        out += [flags | {name: v} for v in values if v != getattr(method.config(*names, **flags), name)]
+    return out

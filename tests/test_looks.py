@@ -1,0 +1,163 @@
+"""python -m pytest tests/test_looks.py
+
+What a model looks at, and the page of --serve.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import data
+import draw
+import evaluate
+import train
+from common import UserError
+from tests.test_commands import SMALL, few_pictures  # noqa: F401
+from tests.test_tables import MODULES, SENTENCES
+
+
+def look(name, backbone="tiny", **flags):
+    """(model, its answer to two sentences, the same with maps asked for, the maps)"""
+    torch.manual_seed(0)
+    model = MODULES[name].Model(MODULES[name].config(backbone, tune="method", **flags)).eval()
+    images = torch.randn(2, 4 if name == "m2ist" else 3, model.preprocess.size, model.preprocess.size)
+    if name == "m2ist":
+        images[:, 3] = 0
+        images[:, 3, :8] = 1  # padding above
+    tokens, maps = model.tokenize(SENTENCES), {}
+    with torch.no_grad():
+        return model, model(images, tokens), model(images, tokens, maps), maps
+
+
+@pytest.mark.parametrize("name, flags, names", [
+    ("dcris", {}, ["adapter of block 2", "adapter of block 4", *(f"features, level {n}" for n in (1, 2, 3))]),
+    ("etris", {}, [f"features, level {n}" for n in (1, 2, 3)] + [f"level {n} without Bridgers" for n in (1, 2, 3)]),
+    ("m2ist", {}, ["[REG], V-L layer 1", "[REG], V-L layer 2"]),
+    ("shared_ris", {}, ["encoder", *(f"FPN, stage {n}" for n in (1, 2, 3, 4)), "decoder"]),
+    ("shared_ris", dict(fpn_fusion="cross", decoder_fusion="bi"), ["encoder"]),
+    ("shared_ris", dict(stages=(), shared_layers=0), ["encoder"])])
+def test_asking_does_not_change_the_answer(name, flags, names):
+    model, plain, asked, maps = look(name, **flags)
+    assert torch.equal(plain, asked) and list(maps) == names
+    for m in maps.values():
+        assert m.dim() == 3 and len(m) == 2 and m.shape[1] == m.shape[2] and m.isfinite().all() and (m >= 0).all()
+        assert m.std() > 0
+    assert not torch.equal(*(list(maps.values())[0]))  # two sentences, two pictures
+
+
+def test_attention_is_what_the_model_computes():
+    """[REG]'s by its weights' sums; of BEiT-3's by the values that it mixes."""
+    _, _, _, maps = look("m2ist")
+    for m in maps.values():
+        assert (m.flatten(1).sum(1) < 1).all() and (m[:, :1] == 0).all()  # words have a share, padding has none
+    model = look("shared_ris")[0]
+    attention, v, t = model.beit3.layers[1].self_attn, torch.randn(2, 5, 64), torch.randn(2, 4, 64)
+    pad = torch.zeros(2, 9, dtype=torch.bool)
+    pad[1, 8] = True
+    seen = attention.look(v, t, pad)
+    with torch.no_grad():  # values of 1 for one place and 0 for the others: what comes out is this place's weight
+        for part in attention.v_proj.A, attention.v_proj.B:
+            part.weight.zero_()
+            part.bias.zero_()
+        for m in attention.inner_attn_ln.A, attention.inner_attn_ln.B, attention.out_proj.A, attention.out_proj.B:
+            m.forward = lambda x: x
+        for place in range(5):
+            attention.v_proj.A.forward = lambda x, place=place: (torch.arange(5) == place).float()[None, :, None].expand(
+                2, 5, 64)
+            out = attention(v, t, ~pad[:, None, None])[1][:, 0]  # (B, d) of the sentence's first token
+            heads = out.unflatten(1, (attention.heads, -1))[:, :, 0].mean(1)
+            assert torch.allclose(seen[:, place], heads, atol=1e-6)
+
+
+def test_features_without_bridgers_are_those_of_frozen_towers():
+    model, _, _, maps = look("etris")
+    images = torch.randn(2, 3, model.preprocess.size, model.preprocess.size)
+    with torch.no_grad():
+        maps = {}
+        model(images, model.tokenize(SENTENCES), maps)
+        levels = model.encode(images, model.tokenize(SENTENCES[::-1]), bridged=False)[0]
+    for n, level in enumerate(levels, 1):  # whatever the sentence
+        assert torch.allclose(maps[f"level {n} without Bridgers"], level.norm(dim=1), atol=1e-5)
+        assert not torch.allclose(maps[f"features, level {n}"], level.norm(dim=1), atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    out, whole = tmp_path_factory.mktemp("runs"), data.Shapes.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Shapes, "__init__", lambda self, name="shapes", split="train", seed=0, size=64, images=None:
+                      whole(self, name, split, seed, size, images or 12))
+        for method in "dcris", "m2ist":
+            train.main(["--method", method, *SMALL[2:], "--steps", "2", "--out", str(out / method)])
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 161, 3)).astype(np.uint8)).save(out / "a.png")
+    (out / "broken.jpg").write_bytes((out / "a.png").read_bytes()[:3000])
+    return out
+
+
+@pytest.mark.parametrize("method", ["dcris", "m2ist"])
+def test_a_sheet_of_maps(runs, tmp_path, method, capsys):
+    words = ["--ckpt", str(runs / method), "--image", str(runs / "a.png"), "--out", str(tmp_path / "b.png")]
+    evaluate.main([*words, "--text", "left", "--attention", str(tmp_path / "c.png")])
+    assert Image.open(tmp_path / "c.png").width > 900
+    evaluate.main([*words[:4], "--out", str(tmp_path / "d.png"), "--text", "left"])
+    assert (tmp_path / "b.png").read_bytes() == (tmp_path / "d.png").read_bytes()
+    with pytest.raises(SystemExit):
+        evaluate.main(["--ckpt", str(runs / method), "--attention", "c.png"])
+    assert "--attention goes with --image" in capsys.readouterr().err
+    for flags, message in [(["--serve", "--draw", "a.png"], "--serve goes with"), (["--port", "3"], "--port goes with --serve"),
+                           (["--serve", "--port", "99999"], "1 to 65535"), (["--image", "a", "--text", "b", "--text", "c",
+                                                                            "--attention", "d.png"], "one --text")]:
+        with pytest.raises(SystemExit):
+            evaluate.main(["--ckpt", str(runs / method), *flags])
+        assert message in capsys.readouterr().err
+    with pytest.raises(UserError, match="--attention look.txt: a name that ends in"):
+        evaluate.main([*words, "--text", "left", "--attention", "look.txt"])
+
+
+def test_heat_is_brightest_where_a_map_is_highest():
+    image, values = np.full((40, 50, 3), 100, dtype=np.uint8), np.zeros((40, 50))
+    values[10:20, 30:40] = 7
+    sheet = np.asarray(draw.heat_sheet(image, dict(one=values, none=0 * values), np.zeros((40, 50), dtype=bool), "s"))
+    second = sheet[:280, 350:700].astype(int).sum(2)  # each seven times as large
+    y, x = np.argwhere(second == second.max()).mean(0) / 7
+    assert sheet.shape[1] == 1050 and 10 < y < 20 and 30 < x < 40
+
+
+def test_without_gradio_a_sentence_says_so(runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    args = evaluate.parse(["--ckpt", str(runs / "dcris"), "--serve"])
+    with pytest.raises(UserError, match='pip install "gradio>=6"'):
+        evaluate.serve(args, common.start(device="cpu"))
+
+
+@pytest.mark.parametrize("method", ["dcris", "m2ist"])
+def test_the_page_answers(runs, monkeypatch, capsys, method):
+    gradio, found = pytest.importorskip("gradio"), []
+
+    def blocks(page):
+        """In the place of a browser."""
+        answer = page.fns[0].fn
+        overlay, said, files = answer(str(runs / "a.png"), "left <b>\n\nright\n", 0.01)
+        assert Image.open(overlay).size[0] == 483 and said.count("\n") == 1 and "left <b>" in said
+        assert len(files) == (3 if method == "dcris" else 1) and all(Path(f).is_file() for f in files)
+        for photograph, text, message in [(None, "left", "are needed"), (str(runs / "a.png"), " \n", "are needed"),
+                                          (str(runs / "broken.jpg"), "left", "^.broken.jpg cannot be read")]:
+            with pytest.raises(gradio.Error, match=message):
+                answer(photograph, text, 0.5)
+        found.append(Path(overlay).parents[1])
+
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **flags: found.append(flags) or setattr(
+        page, "local_url", "http://127.0.0.1:1/"))
+    monkeypatch.setattr(gradio.Blocks, "block_thread", blocks)
+    evaluate.main(["--ckpt", str(runs / method), "--serve", "--port", "7999"])
+    assert found[0]["server_name"] == "127.0.0.1" and found[0]["server_port"] == 7999 and found[0]["share"] is False
+    assert "http://127.0.0.1:1/" in capsys.readouterr().err and str(found[1]) == os.environ["GRADIO_TEMP_DIR"]
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **flags: (_ for _ in ()).throw(OSError("Cannot find")))
+    with pytest.raises(UserError, match="--port 7999 is in use"):
+        evaluate.main(["--ckpt", str(runs / method), "--serve", "--port", "7999"])

@@ -1,0 +1,155 @@
+"""python -m pytest tests/test_report.py"""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import data
+import draw
+import evaluate
+import train
+from tests.test_commands import SMALL, few_pictures  # noqa: F401
+
+HOSTILE = '</article><script>alert("x")</script><!--CARDS--> & \'quoted\' "text" <img src=x onerror=alert(1)>'
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the visible text of each article."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.articles, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "article":
+            self.articles.append("")
+
+    def handle_data(self, text):
+        if self.articles:
+            self.articles[-1] += text
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    out, whole = tmp_path_factory.mktemp("runs"), data.Shapes.__init__
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data.Shapes, "__init__", lambda self, name="shapes", split="train", seed=0, size=64, images=None:
+                      whole(self, name, split, seed, size, images or (40 if split == "train" else 12)))
+        for method in "dcris", "m2ist":
+            train.main(["--method", method, *SMALL[2:], "--out", str(out / method)])
+    return out
+
+
+@pytest.mark.parametrize("method", ["dcris", "m2ist"])
+def test_a_page_that_opens_from_disk(runs, tmp_path, monkeypatch, method):
+    sentences = data.Shapes.sentences
+    monkeypatch.setattr(data.Shapes, "sentences", lambda self, i: [HOSTILE, *sentences(self, i)[1:]] if i == 3 else
+                        sentences(self, i))
+    evaluate.main(["--ckpt", str(runs / method), "--split", "all", "--report", str(tmp_path / "a.html"), "--json",
+                   str(tmp_path / "a.json")])
+    text, rows = (tmp_path / "a.html").read_text(), json.loads((tmp_path / "a.json").read_text())
+    page = Page(text)
+    assert [t for t, _ in page.tags].count("script") == 1 and "onerror" not in str([a for _, a in page.tags if "src" in a])
+    assert not re.search(r"(src|href)=.?https?:|url\(|@import", text)  # nothing is fetched
+    pictures = [a["src"] for t, a in page.tags if t == "img"]
+    cards = [a for t, a in page.tags if t == "article"]
+    n = min(60, rows[0]["n"])
+    assert len(cards) == n and len(pictures) == 2 * n and all(p.startswith("data:image/jpeg;base64,") for p in pictures)
+    assert any(HOSTILE in a for a in page.articles) and any(HOSTILE.lower() == a["data-text"] for a in cards)
+    metric = "mIoU" if method == "dcris" else "Acc@0.5"
+    for row in rows:
+        assert f"<td>{row[metric]:.2f}</td>" in text and f"<td>{row['split']}</td>" in text
+    if n == rows[0]["n"]:  # then all expressions are there
+        assert np.isclose(100 * np.mean([float(a["data-iou"]) for a in cards]), rows[0]["mIoU"], atol=0.01)
+    assert text.count("<polyline") == 2 and "mean IoU by words of place" in text and '"torch"' in text.replace("&quot;", '"')
+
+
+def test_what_is_shown():
+    ious = [0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6, 0.0]
+    groups = draw.chosen(ious, 6)
+    assert {k: sorted(ious[i] for i, g in groups.items() if g == k) for k in draw.GROUPS} == dict(
+        best=[0.8, 0.9], median=[0.4, 0.5], worst=[0.0, 0.1])
+    for count in range(1, 12):
+        groups = list(draw.chosen(ious, count).values())
+        assert len(groups) == min(count, 10) and groups.count("worst") >= groups.count("best") >= groups.count("median")
+    assert draw.chosen([0.4], 3) == {0: "worst"}
+
+
+def test_charts_by_hand():
+    svg = draw.by_group("a <title>", ["x", "y", "x"], ["z", "y", "x"], [0.2, 0.5, 0.4])
+    assert "a &lt;title&gt;" in svg and re.findall(r"<text x=[^>]*>([^<]*)</text>", svg) == ["50", "y", "30", "x"]
+    assert re.findall("n (\\d)<", svg) == ["1", "2"]
+    text = draw.charts([0.05, 0.95, 1.0], [0.5, 3, 60], ["a b", "a b c", "a " * 12], ["none", "left", "left"],
+                         evaluate.SIZES)
+    counts = re.findall("n (\\d+)<", text)[:10]
+    assert counts == ["1", *"0" * 8, "2"]
+    edges = draw.charts([0.3, 0.6, 0.7, 3 / 10], [1] * 4, ["a"] * 4, ["none"] * 4, evaluate.SIZES)
+    assert re.findall("n (\\d+)<", edges)[:10] == list("0002001100")
+    assert re.findall(r">(\d+–\d+ %)<", text) == ["0–1 %", "2–5 %", "50–100 %"] and ">10+<" in text
+    assert draw.line("t", []) == draw.line("t", [(1, 2.0)]) == ""
+
+
+def test_pictures_of_a_run_as_it_learns(runs, tmp_path):
+    for name, size in ("curves.png", (920, 220)), ("samples.png", None):
+        picture = Image.open(runs / "dcris" / name)
+        assert picture.size == (size or picture.size) and len(picture.convert("L").getcolors(256)) > 10
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "val": {"mIoU": 5.0}}\n{"step": 3, "lo')
+    assert draw.read_curves(log, "mIoU") == {"loss in training": [(1, 2.0)], "val mIoU": [(2, 5.0)]}
+    draw.draw_curves(log, "mIoU", tmp_path / "a.png")  # of one point each
+    draw.draw_curves(tmp_path / "none", "mIoU", tmp_path / "b.png")
+    assert Image.open(tmp_path / "a.png").size == Image.open(tmp_path / "b.png").size
+
+
+def test_a_page_that_cannot_be(runs, capsys):
+    for words, message in [(["--image", "a.png", "--text", "b"], "--report goes with a split"),
+                           (["--report-count", "0"], "--report-count must be positive")]:
+        with pytest.raises(SystemExit):
+            evaluate.main(["--ckpt", str(runs / "dcris"), "--report", "a.html", *words])
+        assert message in capsys.readouterr().err
+
+
+def test_the_page_shows_what_was_scored(runs, tmp_path):
+    """With the released protocol, and where every picture is encoded twice."""
+    for method, flags in ("dcris", ["--protocol", "released", "--shuffle-text"]), ("m2ist", ["--share", "compare"]):
+        evaluate.main(["--ckpt", str(runs / method), "--report", str(tmp_path / f"{method}.html"), *flags])
+        text = (tmp_path / f"{method}.html").read_text()
+        assert text.count("<article") == 24 or text.count("<article") == 60
+        assert ("(sentences shuffled)" in text) == (method == "dcris")
+    model, _ = evaluate.load_run(str(runs / "dcris"), None, common.start(device="cpu"))
+    source = data.open_dataset("shapes", "val")
+    for protocol in "default", "released":
+        details = []
+        evaluate.evaluate_split(model, source, common.start(device="cpu"), most=6, protocol=protocol, details=details)
+        items = data.EvalSet(source, model.preprocess)
+        for k, score, _ in details:
+            record = items.record(k)
+            mask = evaluate.ask(model, record.image, items.sentences()[k], protocol=protocol)["mask"]
+            pair = torch.from_numpy(mask), torch.from_numpy(record.mask)
+            assert common.intersection_union(*pair) == score
+
+
+def test_a_place_where_no_page_can_be_is_known_before(runs, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(evaluate, "load_run", lambda *args: pytest.fail("too late"))
+    for place in tmp_path, tmp_path / "file" / "a.html":
+        with pytest.raises(common.UserError, match="cannot be written"):
+            evaluate.main(["--ckpt", str(runs / "dcris"), "--report", str(place)])
+
+
+def test_a_run_goes_on_without_its_pictures(tmp_path, monkeypatch, capsys):
+    def full(*args):
+        raise common.UserError("samples.png cannot be written: No space left on device.")
+
+    monkeypatch.setattr(draw, "draw_curves", full)
+    train.main(["--method", "dcris", *SMALL[2:], "--out", str(tmp_path / "run")])
+    assert "no pictures of this validation: samples.png cannot be written" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.json").exists()
