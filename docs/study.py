@@ -150,7 +150,8 @@ def plot(rows: list[dict], metric: str, title: str, file: Path) -> None:
     panels[0].set_xlim(-400, max(10_000, 2 * most))
     panels[0].set_xticks([t for t in (0, 1e3, 1e4, 1e5, 1e6, 1e7) if t <= 2 * most])
     panels[0].set_ylabel(f"val {metric} on shapes-shift")
-    panels[1].legend(title=f"--tune, and its mean\n(as it is: {mean(as_is['values']):.1f})", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    panels[1].legend(title=f"--tune, and its mean\n(as it is: {mean(as_is['values']):.1f})", loc="center left",
+                     bbox_to_anchor=(1.0, 0.5), frameon=False)
     figure.suptitle(title)
     temporary = file.with_name(f".{file.name}.png")
     figure.savefig(temporary, dpi=110)
