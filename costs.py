@@ -39,7 +39,7 @@ def printed(method, c) -> dict:
                 found = row.printed | memory | found
                 tables.append(number)
                 notes += [row.note] if row.note else []
-    return dict(tables=tables) | found | (dict(note=notes[0]) if notes else {}) if found else {}
+    return dict(tables=list(dict.fromkeys(tables))) | found | (dict(note=notes[0]) if notes else {}) if found else {}
 
 
 def row_config(method, row: Row, table: Table) -> tuple:

@@ -388,7 +388,8 @@ def test_gflops_by_part_and_bytes():
     assert parts["baseline"]["params"] == count(model.baseline) == 8 * (2 * 64 * 16 + 16 + 64)
     tokens = 4 * (69 + model.c.words)
     assert parts["baseline"]["gflops"] == round(2 * tokens * 2 * 64 * 16 / 1e9, 3)
-    assert parts["vision"]["params"] == count(build("dcris", "frozen").vision)
+    frozen = build("dcris", "frozen")
+    assert parts["vision"] == dict(params=count(frozen.vision), gflops=costs.forward_gflops(frozen)["vision"])
     trained = [p for p in model.parameters() if p.requires_grad]
     assert row["optimizer_bytes"] == 8 * sum(p.numel() for p in trained) + 4 * len(trained)
     assert row["step_seconds_per_image"] is None
