@@ -53,7 +53,20 @@ def test_asking_does_not_change_the_answer(name, flags, names):
 
 def test_attention_is_what_the_model_computes():
     """[REG]'s by its weights' sums; of BEiT-3's by the values that it mixes."""
-    _, _, _, maps = look("m2ist")
+    model, _, _, maps = look("m2ist")
+    layer, given, again = model.vl_encoder[1], [], {}
+    layer.register_forward_pre_hook(lambda m, args: given.append(args))
+    with torch.no_grad():
+        model(torch.zeros(2, 4, 64, 64), model.tokenize(SENTENCES), again)
+        x, pos, pad = given[0]
+        w, b = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
+        q, k = ((x + pos) @ w[s].T + b[s] for s in (slice(64), slice(64, 128)))
+        weights = []
+        for head in slice(32), slice(32, 64):  # of [REG], the first
+            scores = (k[..., head] @ q[:, 0, head, None])[..., 0] / 32**0.5
+            weights.append(scores.masked_fill(pad, -torch.inf).softmax(1))
+    expected = (weights[0] + weights[1]) / 2
+    assert torch.allclose(again["[REG], V-L layer 2"].flatten(1), expected[:, 13:], atol=1e-6)  # behind [REG] and 12 words
     for m in maps.values():
         assert (m.flatten(1).sum(1) < 1).all() and (m[:, :1] == 0).all()  # words have a share, padding has none
     model = look("shared_ris")[0]
@@ -73,6 +86,13 @@ def test_attention_is_what_the_model_computes():
             out = attention(v, t, ~pad[:, None, None])[1][:, 0]  # (B, d) of the sentence's first token
             heads = out.unflatten(1, (attention.heads, -1))[:, :, 0].mean(1)
             assert torch.allclose(seen[:, place], heads, atol=1e-6)
+
+
+def test_which_letterbox_a_protocol_has():
+    for name, fits in ("dcris", ("letterbox", "warp")), ("m2ist", ("letterbox",) * 2), ("shared_ris", ("stretch",) * 2):
+        pre = look(name)[0].preprocess
+        assert tuple(evaluate.with_protocol(pre, p).fit for p in ("default", "released")) == fits
+        assert evaluate.with_protocol(evaluate.with_protocol(pre, "released"), "default") == pre
 
 
 def test_features_without_bridgers_are_those_of_frozen_towers():
