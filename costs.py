@@ -108,9 +108,11 @@ def forward_gflops(model: nn.Module) -> dict[str, float]:
     images, tokens, _ = blank(model.eval(), 1)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # the counter does not see into it, nor into all fused attentions
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(images, tokens)
-    torch.backends.mha.set_fastpath_enabled(fast)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(images, tokens)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     prefix = type(model).__name__ + "."
     calls = {name.removeprefix(prefix): sum(ops.values()) / 1e9 for name, ops in counter.get_flop_counts().items()
              if name.startswith(prefix)}

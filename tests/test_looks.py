@@ -13,12 +13,11 @@ import torch
 from PIL import Image
 
 import common
-import data
 import draw
 import evaluate
-import train
 from common import UserError
-from tests.test_commands import SMALL, few_pictures  # noqa: F401
+from tests.test_commands import few_pictures  # noqa: F401
+from tests.test_report import runs  # noqa: F401
 from tests.test_tables import MODULES, SENTENCES
 
 
@@ -107,17 +106,10 @@ def test_features_without_bridgers_are_those_of_frozen_towers():
         assert not torch.allclose(maps[f"features, level {n}"], level.norm(dim=1), atol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    out, whole = tmp_path_factory.mktemp("runs"), data.Shapes.__init__
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.Shapes, "__init__", lambda self, name="shapes", split="train", seed=0, size=64, images=None:
-                      whole(self, name, split, seed, size, images or 12))
-        for method in "dcris", "m2ist":
-            train.main(["--method", method, *SMALL[2:], "--steps", "2", "--out", str(out / method)])
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 161, 3)).astype(np.uint8)).save(out / "a.png")
-    (out / "broken.jpg").write_bytes((out / "a.png").read_bytes()[:3000])
-    return out
+@pytest.fixture(autouse=True)
+def photographs(runs):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 161, 3)).astype(np.uint8)).save(runs / "a.png")
+    (runs / "broken.jpg").write_bytes((runs / "a.png").read_bytes()[:3000])
 
 
 @pytest.mark.parametrize("method", ["dcris", "m2ist"])

@@ -6,6 +6,7 @@ The papers' tables, and the baselines in them.
 import copy
 import json
 import math
+import re
 import shlex
 
 import pytest
@@ -20,7 +21,7 @@ import train
 from common import UserError, baseline_of, count, fingerprint, parameters, trained_names
 from costs import agrees
 from tests.test_common import attention, two_steps
-from tests.test_commands import few_pictures  # noqa: F401
+from tests.test_commands import ROOT, few_pictures  # noqa: F401
 
 METHODS = evaluate.METHODS
 BASELINES = tuple(common.BASELINES)
@@ -228,6 +229,17 @@ def test_a_checkpoint_of_a_baseline(name, tune, tmp_path):
     saved = torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["optimizer"]["state"]
     assert sizes["optimizer_bytes"] == sum(t.nbytes for s in saved.values() for t in s.values())
     train.main([*quick, "--dataset", "shapes-shift", "--weights", towers, "--tune", tune, "--out", run, "--resume"])
+
+
+def test_the_sizes_of_the_readme():
+    """Of every way to tune at full size, in its table of baselines."""
+    rows = re.findall(r"^\| `(\w[\w-]*)` \|[^|]*\|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert [tune for tune, _ in rows] == ["frozen", "method", *BASELINES, "full"]
+    for tune, cells in rows:
+        for name, cell in zip(METHODS, cells.split("|")):
+            if cell.strip() != "(all)":
+                c = MODULES[name].config(tune=tune)
+                assert cell.split(";")[0].strip() == f"{costs.row_sizes(name, c)['tuned']:,}", (tune, name)
 
 
 def test_lora_is_a_sum_of_weights():
