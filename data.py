@@ -17,22 +17,16 @@ A source (Shapes, Refer, Mixed) knows objects and reads one as a Record; TrainSe
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import itertools
 import json
 import os
 import pickle
 import re
-import shutil
-import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -40,9 +34,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
-from tqdm import tqdm
 
-from common import Preprocess, UserError, first_line, print_table, run_command, write_result, writing
+from common import Parser, Preprocess, UserError, first_line, one_of, print_table, run_command, write_result, writing
+from toolbox.released import warped
 
 REFER_FILES = {  # data set -> folder, refs file, splits
     "refcoco": ("refcoco", "refs(unc).p", ("train", "val", "testA", "testB")),
@@ -72,7 +66,24 @@ class Record:
     file: str
 
 
-def open_dataset(name: str, split: str, data_root: str | None = None, seed: int = 0) -> Shapes | Refer | Mixed:
+class Source(Protocol):
+    """A split of a data set: objects, numbered from 0."""
+
+    name: str
+    split: str
+
+    def __len__(self) -> int: ...
+    def sentences(self, i: int) -> tuple[str, ...]: ...
+    def count(self, i: int) -> int: ...                      # of its sentences
+    def picture(self, i: int): ...                           # the same for objects of one photograph
+    def shape(self, i: int) -> tuple[int, int]: ...          # (H, W) of the photograph
+    def box(self, i: int) -> tuple[float, float, float, float]: ...
+    def read(self, i: int) -> Record: ...
+    def describe(self, i: int) -> str: ...                   # for messages
+    def identity(self) -> str: ...                           # what its photographs depend on
+
+
+def open_dataset(name: str, split: str, data_root: str | None = None, seed: int = 0) -> Source:
     """The source of a split. Raises UserError for a name or a split that does not exist, and for missing files."""
     if name == "refcocog":
         raise UserError("refcocog has two sets of splits: say refcocog_umd (train, val, test) or refcocog_google.")
@@ -81,6 +92,8 @@ def open_dataset(name: str, split: str, data_root: str | None = None, seed: int 
     if split not in SPLITS[name]:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(SPLITS[name])}.")
     if name in SHAPE_SETS:
+        from toolbox.shapes import Shapes  # which draws Records of this module
+
         return Shapes(name, split, seed)
     if not data_root:
         raise UserError(f"{name} is read from files: --data-root DATA says where they are (see the README).")
@@ -157,7 +170,7 @@ Place = tuple[int, int, int, int]  # top, left, height and width of a picture on
 def to_canvas(image: np.ndarray, pre: Preprocess, place: Place | None = None) -> Tensor:
     """(H, W, 3) uint8 -> (3, S, S) float32, normalised; (4, S, S) with the padding as a channel."""
     if pre.fit == "warp":
-        return released_to_canvas(image, pre)
+        return warped(image, pre)
     top, left, h, w = place or content_box(image.shape[:2], pre)
     if image.shape[:2] != (h, w):
         how = Image.Resampling.BICUBIC if pre.interpolation == "bicubic" else Image.Resampling.BILINEAR
@@ -190,30 +203,6 @@ def from_canvas(logits: Tensor, size: tuple[int, int], pre: Preprocess) -> Tenso
     x = F.interpolate(logits[None, None].float(), (pre.size, pre.size), mode="bilinear", align_corners=False)
     x = x[:, :, top:top + h, left:left + w]
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False, antialias=True)[0, 0]
-
-
-def released_to_canvas(image: np.ndarray, pre: Preprocess) -> Tensor:
-    """(H, W, 3) uint8 -> (3, S, S) float32, as CRIS, ETRIS and DETRIS do it: cv2.warpAffine, cubic, without a shift by
-    half a pixel and without antialiasing; places are rounded to 1/32 of a pixel and values to 8 bits, as there."""
-    (h, w), s = image.shape[:2], pre.size
-    scale = min(s / h, s / w)
-    ys, xs = ((2 * ((torch.arange(s) - (s - n * scale) / 2) / scale * 32).round() / 32 + 1) / n - 1 for n in (h, w))
-    mean, std = (torch.tensor(v)[:, None, None] for v in (pre.mean, pre.std))
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1).float() - 255 * mean  # so that what lies outside is the mean
-    at = torch.stack([xs.float().expand(s, s), ys.float()[:, None].expand(s, s)], 2)[None]  # (1, S, S, 2)
-    x = F.grid_sample(x[None], at, mode="bicubic", padding_mode="zeros", align_corners=False)[0]
-    return ((x + 255 * mean).round().clamp(0, 255) / 255 - mean) / std
-
-
-def released_from_canvas(probability: Tensor, size: tuple[int, int], pre: Preprocess) -> Tensor:
-    """(h, w) -> (H, W) as CRIS, ETRIS and DETRIS do it: bicubic to the canvas with align_corners, then the inverse of
-    their letterbox, cubic, 0 outside. Their cv2.warpAffine rounds places to 1/32 of a pixel; this does not."""
-    (h, w), s = size, pre.size
-    x = F.interpolate(probability[None, None].float(), (s, s), mode="bicubic", align_corners=True)
-    scale = min(s / h, s / w)
-    ys, xs = ((torch.arange(n) * scale + (s - n * scale) / 2) * 2 / (s - 1) - 1 for n in (h, w))
-    at = torch.stack([xs.expand(h, w), ys[:, None].expand(h, w)], 2)[None]  # (1, H, W, 2)
-    return F.grid_sample(x, at, mode="bicubic", padding_mode="zeros", align_corners=True)[0, 0]
 
 
 def box_to_canvas(box: Sequence[float], size: tuple[int, int], pre: Preprocess, place: Place | None = None) -> Tensor:
@@ -309,8 +298,8 @@ class TrainSet(Dataset):
     what a frozen encoder gives for a picture, in the picture's place.
     """
 
-    def __init__(self, source: Shapes | Refer, preprocess: Preprocess, seed: int = 0, every_sentence: bool = False,
-                 features: FeatureCache | None = None):
+    def __init__(self, source: Source, preprocess: Preprocess, seed: int = 0, every_sentence: bool = False,
+                 features=None):
         self.source, self.preprocess, self.seed, self.features = source, preprocess, seed, features
         self.pairs = [(i, j) for i in range(len(source)) for j in (
             range(source.count(i)) if every_sentence else [None])]
@@ -340,7 +329,7 @@ class EvalSet(Dataset):
     """Items for evaluation: every sentence of every object (or the `first` of each), or the first `most` of these, the
     mask at the photograph's own size."""
 
-    def __init__(self, source: Shapes | Refer, preprocess: Preprocess, most: int | None = None, first: bool = False):
+    def __init__(self, source: Source, preprocess: Preprocess, most: int | None = None, first: bool = False):
         self.source, self.preprocess = source, preprocess
         self.pairs = [(i, j) for i in range(len(source)) for j in range(1 if first else source.count(i))][:most]
 
@@ -379,65 +368,6 @@ class PictureSet(Dataset):
                     boxes=[self.source.box(i) for i in objects])
 
 
-class FeatureCache:
-    """What a frozen encoder gives for each picture of a source, made once: cache[picture].
-
-    In memory, or in a file of `folder` that the next run with the same encoder (`towers`), pictures by name and sizes
-    finds; it is made anew where the first picture gives something else. Raises UserError where it would not fit.
-    """
-
-    def __init__(self, source: Shapes | Refer, pre: Preprocess, encode: Callable[[Tensor], NamedTuple],
-                 folder: str | None, towers: str, say: Callable[[str], None] = print):
-        first = {}  # of each picture, an object that is in it
-        for i in range(len(source)):
-            first.setdefault(source.picture(i), i)
-        self.rows = {picture: row for row, picture in enumerate(first)}
-        make = (encode(to_canvas(source.read(i).image, pre)[None]) for i in first.values())
-        one = next(make)
-        self.kind = type(one)
-        row = np.dtype([(name, v[0].cpu().numpy().dtype, v.shape[1:]) for name, v in one._asdict().items()])
-        need = len(first) * row.itemsize
-        key = hashlib.sha256(f"{towers} {source.identity()} {pre} {row}".encode()).hexdigest()[:16]
-        file = Path(folder or ".") / f"{source.name}-{source.split}-{key}.features"
-        size = f"features of {len(first):,} pictures, {need / 2**30:.2f} GiB"
-        if folder and file.is_file() and file.stat().st_size == need and all(
-                np.allclose(a, b[0].cpu().numpy(), atol=1e-2) for a, b in zip(np.memmap(file, row, "r")[0], one)):
-            say(f"{size}, are in {file}")
-        else:
-            say(f"{size}, go to {file if folder else 'memory'} ...")
-            free = free_space(file.parent) if folder else free_memory()
-            if need > free:
-                raise UserError(f"--cache-features {folder or 'memory'}: {size}, but {free / 2**30:.2f} GiB are free"
-                                + ("." if folder else "; a folder in the place of memory may hold them."))
-            rows = (np.array([tuple(v[0].cpu().numpy() for v in e)], row) for e in itertools.chain([one], make))
-            if folder:
-                with writing(file) as temporary, open(temporary, "wb") as f:
-                    f.writelines(r.tobytes() for r in rows)
-            else:
-                self.data = np.empty(len(first), row)
-                for n, r in enumerate(rows):
-                    self.data[n] = r[0]
-        if folder:
-            self.data = np.memmap(file, row, "r")
-
-    def __getitem__(self, picture) -> NamedTuple:
-        row = self.data[self.rows[picture]]
-        return self.kind(*(torch.from_numpy(np.array(row[n])) for n in self.data.dtype.names))
-
-
-def free_memory() -> int:
-    with suppress(OSError, StopIteration):  # Linux counts what caches would give back
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def free_space(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
 def collate(items: list[dict]) -> dict:
     """Tensors of one size, and tuples of such tensors, are stacked; everything else is a list."""
     def stacked(values: list):
@@ -450,245 +380,6 @@ def collate(items: list[dict]) -> dict:
 
 
 # Shapes
-
-COLOURS = ("red", "green", "blue", "yellow", "white")
-SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": (0.115, 0.135), "large": (0.185, 0.215)}  # radius, in sides of the picture
-PALETTE = {
-    "shapes": dict(red=(220, 50, 47), green=(60, 170, 70), blue=(50, 100, 225), yellow=(240, 210, 50),
-                   white=(240, 240, 240)),
-    "shapes-shift": dict(red=(150, 25, 70), green=(150, 205, 120), blue=(125, 185, 240), yellow=(210, 150, 25),
-                         white=(255, 250, 235)),
-}
-SPLIT_ID = {("shapes", s): n for n, s in enumerate(SPLITS["shapes"], 1)} | {
-    ("shapes-shift", s): n for n, s in enumerate(SPLITS["shapes-shift"], 11)}
-KINDS, KIND_SHARE = ("attribute", "position", "relation"), (0.5, 0.4, 0.1)
-MARGIN = 0.16  # by so many sides of the picture a position or relation is clear
-PLACES = {"left": (0, -1), "right": (0, 1), "top": (1, -1), "bottom": (1, 1)}  # axis, sign
-PLACE_WORDS = {"left": ("the {} on the left", "the left {}", "the leftmost {}"),
-               "right": ("the {} on the right", "the right {}", "the rightmost {}"),
-               "top": ("the {} at the top", "the top {}", "the highest {}"),
-               "bottom": ("the {} at the bottom", "the bottom {}", "the lowest {}")}
-RELATIONS = {"left of": "left", "right of": "right", "above": "top", "below": "bottom"}
-ADJECTIVES = ((), ("colour",), ("size",), ("size", "colour"))
-
-
-@dataclass(frozen=True)
-class Thing:
-    """A shape of a scene; centre and radius in sides of the picture, y downwards. Later things lie on top."""
-
-    shape: str
-    colour: str
-    size: str
-    x: float
-    y: float
-    radius: float
-
-    def named(self, adjectives: Sequence[str]) -> str:
-        return " ".join([*(getattr(self, a) for a in adjectives), self.shape])
-
-    def like(self, other: Thing, adjectives: Sequence[str]) -> bool:
-        return self.shape == other.shape and all(getattr(self, a) == getattr(other, a) for a in adjectives)
-
-
-@dataclass(frozen=True)
-class Expression:
-    """A sentence, and what it says: things like `target` in `adjectives`, and of these the one at a place, or the one
-    in a relation to the only thing like `anchor` in `anchor_adjectives`."""
-
-    target: int
-    kind: str
-    sentence: str
-    adjectives: tuple[str, ...]
-    place: str = ""
-    anchor: int = -1
-    anchor_adjectives: tuple[str, ...] = ()
-
-
-class Shapes:
-    """Generated pictures, two objects of each referred to. Object i is number i % 2 of picture i // 2.
-
-    A picture is a function of (seed, split, number) alone, and its scene does not depend on its size in pixels.
-    """
-
-    def __init__(self, name: str = "shapes", split: str = "train", seed: int = 0, size: int = 64,
-                 images: int | None = None):
-        self.name, self.split, self.seed, self.size = name, split, seed, size
-        self.images = images if images is not None else 8000 if split == "train" else 300
-        self.scene = lru_cache(4096)(self._scene)
-
-    def __reduce__(self):  # a cache does not travel to other processes
-        return Shapes, (self.name, self.split, self.seed, self.size, self.images)
-
-    def __len__(self) -> int:
-        return 2 * self.images
-
-    def sentences(self, i: int) -> tuple[str, ...]:
-        return (self.scene(i // 2)[1][i % 2].sentence,)
-
-    def count(self, i: int) -> int:
-        """How many sentences it has."""
-        return 1
-
-    def picture(self, i: int) -> int:
-        return i // 2
-
-    def shape(self, i: int) -> tuple[int, int]:
-        return self.size, self.size
-
-    def box(self, i: int) -> tuple[float, float, float, float]:
-        return self.read(i).box
-
-    def identity(self) -> str:
-        """What its pictures are made of."""
-        return f"{self.name} {self.split} {self.seed} {self.size} {self.images}"
-
-    def describe(self, i: int) -> str:
-        return f"{self.name}/{self.split} picture {i // 2} object {i % 2}"
-
-    def read(self, i: int) -> Record:
-        things, expressions = self.scene(i // 2)
-        image, owner = draw_scene(things, self.size, self.name, self.rng(i // 2, 1))
-        mask = owner == expressions[i % 2].target
-        return Record(image, mask, box_of(mask), (expressions[i % 2].sentence,), i // 2, i, self.describe(i))
-
-    def rng(self, number: int, stream: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, SPLIT_ID[self.name, self.split], number, stream])
-
-    def _scene(self, number: int) -> tuple[list[Thing], list[Expression]]:
-        """The things of a picture and two expressions for different ones of them."""
-        if not 0 <= number < self.images:
-            raise IndexError(f"{self.name} {self.split} has {self.images} pictures, no number {number}")
-        rng = self.rng(number, 0)
-        kinds = rng.choice(3, 2, p=KIND_SHARE)  # first the kind, then a scene that has it: else few relations occur
-        for attempt in range(1000):
-            things = place_things(rng)
-            if attempt % 40 == 39:
-                kinds = rng.choice(3, 2, p=KIND_SHARE)
-            chosen = []
-            for kind in kinds:
-                options = [e for e in expressions_of(things, KINDS[kind]) if e.target not in {c.target for c in chosen}]
-                if options:
-                    chosen.append(options[rng.integers(len(options))])
-            if len(chosen) == 2:
-                return things, chosen
-        raise AssertionError("no scene in 1000 attempts")
-
-
-def place_things(rng: np.random.Generator) -> list[Thing]:
-    """Two to four things; all but the first resemble it. They lie inside the picture and overlap little."""
-    while True:
-        count, things = rng.choice((2, 3, 4), p=(0.2, 0.4, 0.4)), []
-        first = dict(shape=rng.choice(SHAPES), colour=rng.choice(COLOURS), size=rng.choice(tuple(SIZES)))
-        for n in range(count):
-            look = dict(first)
-            changes = rng.choice((0, 1, 2), p=(0.25, 0.45, 0.3)) if n else 0
-            for attribute in rng.permutation(("shape", "colour", "size"))[:changes]:
-                others = [v for v in dict(shape=SHAPES, colour=COLOURS, size=tuple(SIZES))[attribute]
-                          if v != look[attribute]]
-                look[attribute] = others[rng.integers(len(others))]
-            radius = rng.uniform(*SIZES[look["size"]])
-            for _ in range(20):
-                x, y = rng.uniform(1.05 * radius, 1 - 1.05 * radius, 2)
-                if all(np.hypot(x - t.x, y - t.y) > 0.95 * (radius + t.radius) for t in things):
-                    things.append(Thing(**{k: str(v) for k, v in look.items()}, x=x, y=y, radius=radius))
-                    break
-        if len(things) == count:
-            return [things[i] for i in rng.permutation(count)]
-
-
-def expressions_of(things: list[Thing], kind: str) -> list[Expression]:
-    """Every expression of a kind that is true of exactly one thing, by a clear margin."""
-    found = []
-    for k, t in enumerate(things):
-        for adjectives in ADJECTIVES:
-            rivals = [o for n, o in enumerate(things) if n != k and o.like(t, adjectives)]
-            name = t.named(adjectives)
-            if kind == "attribute" and not rivals:
-                found.append(Expression(k, kind, f"the {name}", adjectives))
-            elif kind == "position" and rivals:
-                for place in PLACES:
-                    for words in PLACE_WORDS[place][:place_is_clear(t, rivals, place)]:
-                        found.append(Expression(k, kind, words.format(name), adjectives, place))
-            elif kind == "relation" and rivals:
-                for a, anchor in enumerate(things):
-                    if a == k:
-                        continue
-                    for words, place in RELATIONS.items():
-                        if not relation_is_clear(t, [o for o in rivals if o is not anchor], anchor, place):
-                            continue
-                        for named in ADJECTIVES:
-                            if not any(o.like(anchor, named) for o in things if o is not anchor):
-                                sentence = f"the {name} {words} the {anchor.named(named)}"
-                                found.append(Expression(k, kind, sentence, adjectives, place, a, named))
-    return found
-
-
-def place_is_clear(t: Thing, rivals: list[Thing], place: str) -> int:
-    """3 if "leftmost" and "on the left" are both clear, 0 if neither: it lies in the outer half, beyond every rival by
-    the margin, and the rivals in the other half."""
-    axis, sign = PLACES[place]
-    at = sign * ((t.x, t.y)[axis] - 0.5)
-    others = [sign * ((o.x, o.y)[axis] - 0.5) for o in rivals]
-    return 3 if at > 0.02 and max(others) < min(at - MARGIN, 0.02) else 0
-
-
-def relation_is_clear(t: Thing, rivals: list[Thing], anchor: Thing, place: str) -> bool:
-    """Further along than the anchor by the margin, more so than sideways; every rival is on the anchor's other side."""
-    if not rivals:
-        return False  # then the relation would say nothing
-    axis, sign = PLACES[place]
-    along = [sign * ((o.x, o.y)[axis] - (anchor.x, anchor.y)[axis]) for o in (t, *rivals)]
-    sideways = abs((t.x, t.y)[1 - axis] - (anchor.x, anchor.y)[1 - axis])
-    return along[0] > max(MARGIN, sideways) and max(along[1:]) < 0
-
-
-def draw_scene(things: list[Thing], size: int, name: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """(picture (S, S, 3) uint8, number of the topmost thing at each pixel (S, S), -1 for none)"""
-    shift = name == "shapes-shift"
-    if shift:  # a gradient with noise, in a tint of its own
-        base, slope = rng.uniform(70, 130, 3), rng.uniform(-40, 40, 2)
-        ramp = np.linspace(-1, 1, size)
-        image = base + (slope[0] * ramp[:, None] + slope[1] * ramp)[:, :, None] + rng.normal(0, 8, (size, size, 1))
-    else:
-        image = np.full((size, size, 3), rng.uniform(25, 60))
-    owner = np.full((size, size), -1, dtype=np.int8)
-    for k, t in enumerate(things):
-        top, left = (max(0, int((c - 1.1 * t.radius) * size)) for c in (t.y, t.x))
-        bottom, right = (min(size, int((c + 1.1 * t.radius) * size) + 2) for c in (t.y, t.x))
-        y = ((np.arange(top, bottom) + 0.5) / size - t.y)[:, None] / t.radius
-        x = ((np.arange(left, right) + 0.5) / size - t.x)[None, :] / t.radius
-        cover = (0.5 - distance(t.shape, x, y) * t.radius * size).clip(0, 1)  # one pixel of antialiasing
-        colour = np.array(PALETTE[name][t.colour], dtype=float)
-        if shift:
-            colour = colour * texture(rng, x, y)[:, :, None]
-        window = image[top:bottom, left:right]
-        window += cover[:, :, None] * (colour - window)
-        owner[top:bottom, left:right][cover > 0.5] = k
-    return image.clip(0, 255).astype(np.uint8), owner
-
-
-def distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to a shape of radius 1 about the origin, negative inside."""
-    if shape == "circle":
-        return np.hypot(x, y) - 1
-    if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.86
-    if shape == "triangle":
-        return np.maximum(y - 0.72, np.abs(x) * 0.866 - 0.5 * y - 0.5)
-    bars = [np.maximum(np.abs(a) - 0.98, np.abs(b) - 0.34) for a, b in ((x, y), (y, x))]
-    return np.minimum(*bars)
-
-
-def texture(rng: np.random.Generator, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Brightness of stripes, dots or noise, 0.7 to 1."""
-    kind, angle, pitch = rng.integers(3), rng.uniform(0, np.pi), rng.uniform(5, 8)
-    u, v = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
-    if kind == 0:
-        return 0.85 + 0.15 * np.sin(pitch * u)
-    if kind == 1:
-        return 0.85 + 0.15 * np.sin(pitch * u) * np.sin(pitch * v)
-    return rng.uniform(0.7, 1, np.broadcast_shapes(x.shape, y.shape))
 
 
 def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
@@ -1037,100 +728,14 @@ def index_entry(ref: dict, annotations: dict, images: dict, where: str, instance
 
 # python data.py --check
 
-PUBLISHED = {  # objects and sentences of each split; None: not printed
-    "refcoco": dict(train=(42404, 120624), val=(3811, 10834), testA=(1975, 5657), testB=(1810, 5095)),
-    "refcoco+": dict(train=(42278, 120191), val=(3805, 10758), testA=(1975, 5726), testB=(1798, 4889)),
-    "refcocog_umd": dict(train=(42226, None), val=(2573, None), test=(5023, None)),
-    "refcocog_google": dict(train=(44822, None), val=(5000, None)),
-}
-
-
-def check_dataset(name: str, root: Path, pictures: dict[Path, str]) -> dict:
-    """What a data set has in each split, and in `problems` what is wrong with it. `pictures`: what was found of each
-    photograph so far, "" for a good one; data sets share them."""
-    files, problems, notes = annotation_files(name, root), [], []
-    refs, annotations, images = read_annotations(name, files)
-    lists = [r["sentences"] for r in refs if isinstance(r.get("sentences"), list)]
-    sentences = [s for some in lists for s in some if isinstance(s, dict)]
-    for what, key, things in (("ref_id", "ref_id", refs), ("sent_id", "sent_id", sentences),
-                              ("annotation id", "id", annotations), ("image id", "id", images)):
-        twice = [k for k, n in Counter(t[key] for t in things if is_id(t.get(key))).items() if n > 1]
-        problems += [f"{what} {k} is there more than once" for k in twice]
-    entries = index_entries(refs, annotations, images, files)
-    problems += [e["wrong"] for e in entries if "wrong" in e]
-    entries = [e for e in entries if "wrong" not in e]
-    areas = {a["id"]: (a.get("area"), a.get("bbox")) for a in annotations}
-    folder = next((p for p in image_folders(name, root) if p.is_dir()), None)
-    if folder is None:
-        problems.append(f"no folder of photographs; looked for {', '.join(map(str, image_folders(name, root)))}")
-    for e in tqdm(entries, desc=name, leave=False, disable=not sys.stderr.isatty()):
-        where = f"{e['split']} ref {e['ref_id']}"
-        if folder is not None:
-            path = photograph(folder, e["file"])
-            if path not in pictures:
-                pictures[path] = ""
-                try:
-                    read_image(path, (e["height"], e["width"]))
-                except UserError as error:
-                    pictures[path] = str(error)
-                    problems.append(f"{where}: {error}")
-        try:
-            mask = decode_mask(e, f"{where}, annotation {e['ann_id']}")
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        problems += [f"{where}: {odd}" for odd in disagreements(mask, *areas[e["ann_id"]])]
-    rows, splits = [], {}
-    for e in entries:
-        splits.setdefault(e["split"], []).append(e)
-    for split in sorted({*splits, *REFER_FILES[name][2]}, key=[*REFER_FILES[name][2], *sorted(splits)].index):
-        some = splits.get(split, [])
-        row = dict(dataset=name, split=split, images=len({e["image_id"] for e in some}), objects=len(some),
-                   sentences=sum(len(e["sentences"]) for e in some), boxes=sum(e["box"] is not None for e in some))
-        rows.append(row | dict(zip(("published_objects", "published_sentences"),
-                                   PUBLISHED.get(name, {}).get(split, (None, None)))))
-    published = sum(row["published_objects"] or 0 for row in rows)
-    if 10 * len(entries) < published:
-        notes.append(f"a set of one's own, {len(entries):,} objects of the published {published:,}: sizes not compared")
-    else:
-        problems += [f"{row['split']} has {row[what]:,} {what}, the published set {row[f'published_{what}']:,}"
-                     for row in rows for what in ("objects", "sentences")
-                     if row[f"published_{what}"] not in (None, row[what])]
-    for a, b in itertools.combinations(splits, 2):
-        shared = {e["image_id"] for e in splits[a]} & {e["image_id"] for e in splits[b]}
-        if shared:
-            said = f"{a} and {b} share {len(shared):,} photographs, such as {min(shared)}"
-            if name == "refcocog_google":
-                notes.append(f"{said}: its splits are of objects, not of photographs")
-            else:
-                problems.append(said)
-    return dict(dataset=name, splits=rows, problems=problems, notes=notes)
-
-
-def disagreements(mask: np.ndarray, area: float | None, box: list | None) -> list[str]:
-    """Where a mask's pixels and its annotation's area and box do not fit, beyond what drawing a polygon changes."""
-    x1, y1, x2, y2 = box_of(mask)
-    edge, found = x2 - x1 + y2 - y1, []
-    try:
-        area, box = None if area is None else float(area), None if box is None else list(map(float, box))
-    except (TypeError, ValueError, OverflowError):
-        return ["its annotation's area or box is no number"]
-    if area is not None and not abs(int(mask.sum()) - area) <= 0.05 * area + edge:
-        found.append(f"its mask has {int(mask.sum())} pixels, its annotation says {area:g}")
-    if box is not None:
-        given = [box[0], box[1], box[0] + box[2], box[1] + box[3]]
-        if max(abs(v - w) for v, w in zip(given, (x1, y1, x2, y2))) > 2 + 0.02 * max(mask.shape):
-            found.append(f"its mask lies in {[int(v) for v in (x1, y1, x2, y2)]}, its annotation's box is "
-                         f"{[round(v, 1) for v in given]}")
-    return found
-
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
+    from toolbox.check import check_dataset
+
+    p = Parser(__doc__)
     p.add_argument("--check", action="store_true", required=True, help="read everything and say what is wrong")
     p.add_argument("--data-root", required=True, help="folder of the data sets")
-    p.add_argument("--dataset", choices=tuple(REFER_FILES), help="default: all that are there")
+    p.add_argument("--dataset", **one_of(*REFER_FILES), help="default: all that are there")
     p.add_argument("--json", metavar="FILE", help="- for standard output, and then nothing else goes there")
     args = p.parse_args(argv)
     root, pictures, found = Path(args.data_root), {}, []

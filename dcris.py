@@ -46,9 +46,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from common import (BASELINES, COMBINED, CRIS_HEAD, Preprocess, Row, Table, UserError, add_baseline, baseline_dims,
-                    check_config, clip_tokens, dice_loss, dinov2_state, in_full_precision, layers_of,
-                    load_dinov2_and_clip, named, prompted, prompts, renamed, sine_1d, sine_2d)
+from common import (Preprocess, TrainConfig, check_config, dice_loss, in_full_precision, sine_1d, sine_2d)
+from toolbox import baselines, tokenizers, weights as released
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -68,18 +67,16 @@ BACKBONES = {
                   text_cfg=dict(context_length=77, vocab_size=4096, width=64, heads=2, layers=4))),
 }
 VARIANTS = ("dcris", "detris")
-TUNES = ("method", "frozen", "full", *BASELINES, *COMBINED)
-RELEASED_CODE = True  # so there is another way to evaluate (evaluate.PROTOCOLS)
+TUNES = baselines.TUNES
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     """Every setting of the paper. `config()` gives the ones of a backbone, variant and data set."""
 
     backbone: str = "dinov2-base"           # Sec. 4.2
     variant: str = "dcris"
     tune: str = "method"                    # Table 2; others: Fix Backbone is "frozen", Full-Tuning "full"
-    baseline_dims: tuple[int, ...] = ()     # of what else --tune names (common.BASELINES): for pictures, for words
     # architecture
     image_size: int = 448                   # Sec. 4.2, pixels; any multiple of the patch size
     words: int = 17                         # BPE tokens with start and end; 22 for G-Ref (umd)
@@ -108,22 +105,8 @@ class Config:
     decoder_position: Literal["attention", "content"] = "attention"  # queries and keys; content: the map itself too
     threshold: float = 0.35                 # on the sigmoid, as CRIS and DETRIS
     # training (Sec. 4.2)
-    every_sentence: bool = False            # in an epoch; else one of each object, as CRIS
-    epochs: int = 50
-    steps: int = 0                          # 0: as many as the epochs have
-    batch_size: int = 32                    # of all processes together
-    optimizer: Literal["adam", "adamw"] = "adam"
-    lr: float = 1e-4
-    adapter_lr: float = 1.0                 # times lr, for the adapters
-    tower_lr: float = 1.0                   # times lr, for towers that are trained
-    beta2: float = 0.999                    # Adam's second
-    weight_decay: float = 0.0
-    schedule: Literal["step", "cosine"] = "step"  # x 0.1 at each milestone (epochs); cosine: to 0 over the run
     milestones: tuple[int, ...] = (35,)
-    warmup: int = 0                         # steps
-    clip_norm: float = 0.0                  # 0: gradients are not clipped
     dice: float = 0.0                       # weight of a Dice loss beside Eq. 6: not the paper's
-    val_every: int = 0                      # steps; 0: every epoch
 
 
 def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str = "refcoco", **flags) -> Config:
@@ -146,17 +129,17 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
                   optimizer="adamw", lr=2e-3, tower_lr=0.5, weight_decay=0.01, schedule="cosine", milestones=(),
                   warmup=50, clip_norm=1.0, dice=1.0, val_every=300)
     tune = flags.get("tune", "method")
-    c |= dict(baseline_dims=baseline_dims(tune, backbone == "tiny", lora=(32, 16), compacter=(42, 42)))  # Table 2
+    c |= dict(baseline_dims=baselines.dims(tune, backbone == "tiny", lora=(32, 16), compacter=(42, 42)))  # Table 2
     if not tune.startswith("method"):
         c |= dict(visual_layers=(), text_layers=())
     c = Config(**(c | flags))
     dino = BACKBONES[backbone]["dino"]
     depth, text_depth, text_width = dino["num_hidden_layers"], *((4, 64) if backbone == "tiny" else (12, 512))
     check_config(
-        c, visual_layers=(set(c.visual_layers) <= set(range(depth)), f"blocks from 0 to {depth - 1}"),
+        c, baseline_dims=baselines.rule(c), visual_layers=(set(c.visual_layers) <= set(range(depth)), f"blocks from 0 to {depth - 1}"),
         text_layers=(set(c.text_layers) <= set(range(text_depth)), f"blocks from 0 to {text_depth - 1}"),
         image_size=(c.image_size % dino["patch_size"] == 0, f"a multiple of the patch size, {dino['patch_size']}"),
-        words=(3 <= c.words <= 77 - prompts(c), f"3 to {77 - prompts(c)} tokens, what CLIP's text tower reads"),
+        words=(3 <= c.words <= 77 - baselines.prompts(c), f"3 to {77 - baselines.prompts(c)} tokens, what CLIP's text tower reads"),
         visual_dim=(c.visual_dim % 16 == 0, "a multiple of 16 (Eq. 1)"),
         text_dim=(c.text_adapter == "plain" or c.text_dim % 16 == 0, "a multiple of 16 (Eq. 1)"),
         cross_heads=(lambda: c.cross_dim % c.cross_heads == 0, f"a divisor of cross_dim, {c.cross_dim}"),
@@ -166,60 +149,6 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
         tune=(c.tune.startswith("method") or not c.visual_layers + c.text_layers,
               "method, where layers are given adapters"))
     return c
-
-
-NINE = ("val", "testA", "testB", "+ val", "+ testA", "+ testB", "g val-u", "g test-u", "g val-g")  # RefCOCO, +, G-Ref
-THREE = ("val", "testA", "testB")
-FULL = "150.01M without the 39,424 of CLIP's positions are 149.97M"
-COMPACTER = "cannot be told from the paper: here n = 4, a quarter as wide as the towers, of the nearest rank, 42"
-PERCENT = "the paper divides 2.69 by 149.97, both rounded"
-
-
-def places(*layers: int) -> dict:
-    return dict(visual_layers=layers, text_layers=layers)
-
-
-TABLES = {  # figures are "IoU"
-    "1": Table(NINE, [
-        Row("DCRIS-B", {}, {}, (76.4, 77.9, 73.7, 69.8, 74.4, 62.6, 68.4, 68.5, 65.9)),
-        Row("DCRIS-L", dict(backbone="dinov2-large"), dict(percent="0.9%"),
-            (77.9, 79.0, 75.0, 71.9, 75.9, 65.7, 70.1, 70.9, 68.5), "0.9 is the abstract's; 3.09M of 367.80M"),
-        Row("DCRIS-L*", dict(backbone="dinov2-large", dataset="mixed"), {},
-            (None, 82.9, 77.9, 73.3, 78.3, 65.8, 74.1, 75.5, None))]),
-    "2": Table((*THREE, "mean"), [
-        Row("Full-Tuning", dict(tune="full"), dict(tuned="149.97M"), (65.1, 68.1, 61.4, 64.9), FULL),
-        Row("Fix Backbone", dict(tune="frozen"), dict(tuned="0.00M"), (74.9, 77.1, 72.0, 74.7)),
-        Row("Adapter", dict(tune="adapter"), dict(tuned="1.98M"), (71.2, 73.3, 68.3, 70.9)),
-        Row("Compacter", dict(tune="compacter"), dict(tuned="1.62M"), (73.9, 75.8, 70.8, 73.5), COMPACTER),
-        Row("LoRA", dict(tune="lora"), dict(tuned="1.57M"), (73.4, 75.7, 70.2, 73.1),
-            "its ranks are not printed: 32 for DINOv2's queries and values and 16 for CLIP's were chosen to fit"),
-        Row("ETRIS", dict(method="etris", backbone="dinov2-base", variant="released", bridger_dim=128),
-            dict(tuned="1.38M"), (74.5, 76.5, 72.9, 74.6), "1.388M, cut off"),
-        Row("DCRIS-B, 3 layers", places(4, 8, 11), dict(tuned="1.34M"), (75.8, 77.7, 72.9, 75.5),
-            "1.347M, cut off; Table 5 rounds"),
-        Row("DCRIS-B", {}, dict(tuned="2.69M"), (76.4, 77.9, 73.7, 76.0))]),
-    "3": Table(THREE, [
-        Row("neither", dict(tune="frozen"), {}, (74.9, 77.1, 72.0)),
-        Row("DA", dict(text_layers=()), {}, (75.4, 77.4, 72.2)),
-        Row("TA", dict(visual_layers=()), {}, (75.9, 77.5, 72.7)),
-        Row("DA, TA", {}, {}, (76.4, 77.9, 73.7))]),
-    "4": Table(THREE, [
-        Row("64, 64", dict(visual_dim=64), dict(tuned="1.91M"), (76.21, 78.04, 73.78)),
-        Row("128, 64", {}, dict(tuned="2.69M"), (76.42, 77.91, 73.65)),
-        Row("128, 128", dict(text_dim=128), dict(tuned="3.09M"), (76.01, 78.28, 73.52)),
-        Row("256, 128", dict(visual_dim=256, text_dim=128), dict(tuned="4.83M"), (76.40, 78.04, 73.42))]),
-    "5": Table(THREE, [
-        Row("1", places(8), dict(tuned="0.45M", percent="0.30%"), (75.40, 77.19, 72.04)),
-        Row("2", places(6, 11), dict(tuned="0.90M", percent="0.60%"), (75.47, 77.41, 72.54)),
-        Row("3", places(4, 8, 11), dict(tuned="1.35M", percent="0.90%"), (75.78, 77.65, 72.86)),
-        Row("4", places(3, 6, 9, 11), dict(tuned="1.80M", percent="1.20%"), (75.98, 77.85, 73.34)),
-        Row("5", places(3, 5, 7, 9, 11), dict(tuned="2.25M", percent="1.50%"), (76.22, 77.88, 73.48)),
-        Row("6", {}, dict(tuned="2.69M", percent="1.79%"), (76.42, 77.91, 73.65), PERCENT),
-        Row("7", places(1, 3, 5, 7, 9, 10, 11), dict(tuned="3.14M", percent="2.09%"), (76.19, 78.07, 73.41),
-            PERCENT.replace("2.69", "3.14")),
-        Row("8", places(1, 3, 4, 5, 7, 9, 10, 11), dict(tuned="3.59M", percent="2.39%"), (75.71, 77.87, 73.34)),
-        Row("12", places(*range(12)), dict(tuned="5.39M", percent="3.59%"), (76.11, 78.07, 73.49))]),
-}
 
 
 # Adapters (Sec. 3.3)
@@ -448,7 +377,7 @@ class DCRIS(nn.Module):
         # nothing reads these two here, so nothing can train them
         self.vision.embeddings.mask_token.requires_grad_(False)
         self.text.logit_scale.requires_grad_(False)
-        self.baseline = add_baseline(c, named(self.vision), named(self.text), self.text.token_embedding)
+        self.baseline = baselines.add(c, dict(self.vision.named_modules()), dict(self.text.named_modules()), self.text.token_embedding)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """What the parameter tables count."""
@@ -465,7 +394,7 @@ class DCRIS(nn.Module):
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """CLIP's BPE, lower case; start, words, end, zeros; cut to `words` with the end kept. -> (B, words)"""
-        return prompted(clip_tokens(list(sentences), self.c.words, self.text.token_embedding.num_embeddings), self.c)
+        return baselines.prompted(tokenizers.clip_tokens(list(sentences), self.c.words, self.text.token_embedding.num_embeddings), self.c)
 
     def encode_text(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L) -> words f_t (B, L, C), sentence f_s (B, C'), padding (B, L), True after the end token."""
@@ -556,43 +485,13 @@ def build_towers(backbone: str, weights: str) -> tuple[Dinov2WithRegistersModel,
     `weights`: "random", "pretrained" (the hub's cache, or downloaded) or two files with a comma between.
     """
     names = BACKBONES[backbone]
-    if weights == "pretrained" and "hub" not in names:
-        raise UserError(f"--weights pretrained: the backbone {backbone} has no released weights; "
-                        "give --weights random, or a run folder that trained such towers.")
+    released.check_released(backbone, weights)
     vision = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**names["dino"]))
     clip = names["clip"]
     text = open_clip.CLIP(**(open_clip.get_model_config(clip) if isinstance(clip, str) else clip))
     del text.visual  # Sec. 3.2: only its text transformer
     if weights != "random":
-        load_dinov2_and_clip(vision, text, weights, names.get("hub", ""), backbone)
+        released.load_dinov2_and_clip(vision, text, weights, names.get("hub", ""), backbone)
     return vision, text
 
 
-def released(state: dict[str, Tensor], dataset: str) -> tuple[Config, dict[str, Tensor]] | None:
-    """A checkpoint that DETRIS's authors trained on a data set: its settings, and its tensors under our names; None for
-    another file. Raises UserError, LookupError or TypeError for half a file."""
-    if "dinov2.pos_embed" not in state:
-        return None
-    blocks = dict(visual_layers=r"dinov2\.blocks\.(\d+)\.adapter\.",
-                  text_layers=r"txt_backbone\.transformer\.resblocks\.(\d+)\.adapter\.")
-    flags = {name: layers_of(state, pattern) for name, pattern in blocks.items()}
-    for tower, key, dim in (("dinov2.blocks", "visual_layers", "visual_dim"),
-                            ("txt_backbone.transformer.resblocks", "text_layers", "text_dim")):
-        if flags[key]:
-            flags[dim] = len(state[f"{tower}.{flags[key][0]}.adapter.D_fc1.weight"])
-    large = state["dinov2.pos_embed"].shape[2] == 1024
-    c = config("dinov2-large" if large else "dinov2-base", "detris", dataset, **flags)
-    out = renamed(state, [
-        (blocks["visual_layers"], r"visual_adapters.\1."), (blocks["text_layers"], r"text_adapters.\1."),
-        (r"\.D_fc1\.", ".down."), (r"\.D_fc2\.", ".up."),
-        (r"\.dense_branch(\d)((?:\.\d)?)\.conv\.", r".dense.branch\1\2.0."),
-        (r"\.dense_branch(\d)((?:\.\d)?)\.bn\.", r".dense.branch\1\2.1."),
-        (r"\.cross\.multihead_attn\.", ".attention."), (r"\.cross\.", "."), (r"^txt_backbone\.", "text."), *CRIS_HEAD])
-    with torch.device("meta"):
-        vision = DCRIS(c).vision  # whose names depend on the version of transformers
-    dino = {k.removeprefix("dinov2."): out.pop(k) for k in list(out) if k.startswith("dinov2.")}
-    out |= {f"vision.{k}": v for k, v in dinov2_state(dino, vision).items()}
-    f5 = "neck.f_proj.2.0.weight"  # theirs is a deconvolution of one pixel, the same but for the order of its channels
-    if f5 in out:
-        out[f5] = out[f5].transpose(0, 1).contiguous()
-    return c, out

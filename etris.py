@@ -55,10 +55,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (BASELINES, COMBINED, CRIS_HEAD, Preprocess, Row, Table, UserError, add_baseline, baseline_dims,
-                    check_config, clip_state, clip_tokens, dice_loss, fetch, in_full_precision, layers_of,
-                    load_dinov2_and_clip, load_exactly, named, prompted, prompts, read_weights, renamed, sine_1d,
-                    sine_2d)
+from common import (Preprocess, TrainConfig, check_config, dice_loss, in_full_precision, sine_1d, sine_2d)
+from toolbox import baselines, tokenizers, weights as released
 
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -78,20 +76,18 @@ BACKBONES = {
                                vision_cfg=dict(layers=4, width=64, head_width=32, image_size=64, patch_size=8))),
 }
 VARIANTS = ("etris", "released")
-TUNES = ("method", "frozen", "full", *BASELINES, *COMBINED)
-RELEASED_CODE = True  # so there is another way to evaluate (evaluate.PROTOCOLS)
+TUNES = baselines.TUNES
 STAGES = (2, 3, 4)  # Sec. 3.1: i in {2, ..., N}; a ResNet's layer2 to layer4
 UP = (False, False, True)  # Eq. 4: only the last stage's map is smaller than the common one
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     """Every setting of the paper. `config()` gives the ones of a backbone, variant and data set."""
 
     backbone: str = "RN101"                 # Sec. 4.2
     variant: str = "etris"
     tune: str = "method"                    # Table 2; others: Fix Backbone is "frozen", Full-Tuning "full"
-    baseline_dims: tuple[int, ...] = ()     # of what else --tune names (common.BASELINES): for pictures, for words
     # architecture
     image_size: int = 416                   # Sec. 4.2, pixels; any multiple of 32
     words: int = 17                         # Sec. 4.2, BPE tokens with start and end; 22 for G-Ref
@@ -121,22 +117,8 @@ class Config:
     decoder_position: Literal["attention", "content"] = "attention"  # queries and keys; content: the normed map too
     threshold: float = 0.35                 # Sec. 4.2, on the sigmoid
     # training (Sec. 4.2)
-    every_sentence: bool = False            # in an epoch; else one of each object, as CRIS
-    epochs: int = 50
-    steps: int = 0                          # 0: as many as the epochs have
-    batch_size: int = 32                    # of all processes together
-    optimizer: Literal["adam", "adamw"] = "adam"
-    lr: float = 1e-4
-    adapter_lr: float = 1.0                 # times lr, for the Bridgers
-    tower_lr: float = 1.0                   # times lr, for what is trained in the towers
-    beta2: float = 0.999                    # Adam's second
-    weight_decay: float = 0.0
-    schedule: Literal["step", "cosine"] = "step"  # x 0.1 at each milestone (epochs); cosine: to 0 over the run
     milestones: tuple[int, ...] = (35,)
-    warmup: int = 0                         # steps
-    clip_norm: float = 0.0                  # 0: gradients are not clipped
     dice: float = 0.0                       # weight of a Dice loss beside Eq. 10: not the paper's
-    val_every: int = 0                      # steps; 0: every epoch
 
 
 def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refcoco", **flags) -> Config:
@@ -162,15 +144,15 @@ def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refc
                   decoder_dropout=0.0, decoder_position="content", steps=2000, batch_size=16, optimizer="adamw",
                   lr=2e-3, tower_lr=0.5 if vit else 1.0, weight_decay=0.01, schedule="cosine", milestones=(),
                   warmup=50, clip_norm=1.0, dice=1.0, val_every=250)
-    c |= dict(baseline_dims=baseline_dims(  # Sec. 5.1: a quarter; Table 2
+    c |= dict(baseline_dims=baselines.dims(  # Sec. 5.1: a quarter; Table 2
         tune, tiny, lora=(1, 1), adapter=(192 if vit else 128, 128), conv_adapter=(192 if vit else 128, 0)))
     if not tune.startswith("method"):
         c |= dict(bridger_stages=(), train_positions=False)
     c = Config(**(c | flags))
     depth, sentence_width = text["layers"], BACKBONES[backbone]["clip"]["embed_dim"]
     check_config(
-        c, image_size=(c.image_size % (14 if dino else 32) == 0, f"a multiple of {14 if dino else 32}"),
-        words=(3 <= c.words <= 77 - prompts(c), f"3 to {77 - prompts(c)} tokens, what CLIP's text tower reads"),
+        c, baseline_dims=baselines.rule(c), image_size=(c.image_size % (14 if dino else 32) == 0, f"a multiple of {14 if dino else 32}"),
+        words=(3 <= c.words <= 77 - baselines.prompts(c), f"3 to {77 - baselines.prompts(c)} tokens, what CLIP's text tower reads"),
         blocks=(len(c.blocks) == 3 and 0 < c.blocks[0] < c.blocks[1] < c.blocks[2] == depth,
                 f"three rising numbers up to {depth}, the last block"),
         bridger_stages=(set(c.bridger_stages) <= set(STAGES), "stages from 2 to 4"),
@@ -185,80 +167,6 @@ def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refc
         decoder_text=(c.decoder_text == "words" or c.head_dim == sentence_width, "words: F_s has another width"),
         tune=(c.tune.startswith("method") or not c.bridger_stages, "method, where stages are given Bridgers"))
     return c
-
-
-NINE = ("val", "testA", "testB", "+ val", "+ testA", "+ testB", "g val-u", "g test-u", "g val-g")  # RefCOCO, +, G-Ref
-FOUR = ("oIoU", "Pr@0.5", "Pr@0.7", "Pr@0.9")
-SIX = ("oIoU", "Pr@0.5", "Pr@0.6", "Pr@0.7", "Pr@0.8", "Pr@0.9")
-RN50 = "RN50's stages are as wide as RN101's; with --zoom mlp they have 1,682,633"
-RN50_HEAD = RN50 + ". Its F_s is 1024 wide and must be projected"
-VIT_HEAD = "23.98M is RN101's head, whose maps have other widths"
-ADAPTER = ("cannot be told from the paper: here behind each layer of the text, 128 wide (a quarter), and beside each "
-           "3x3 convolution. Without those of layer4, and with BatchNorms, they have 2,389,600")
-COMPACTER = "cannot be told from the paper: here of rank 1, n = 4, as its authors have it, where Adapter is"
-CUT = "0.298M, cut off"
-LESS = "0.727M; 0.72 is 1.94 - 1.22"
-TABLES = {  # figures of Table 1 are oIoU
-    "1": Table(NINE, [
-        Row("ETRIS, ResNet-50", dict(backbone="RN50"), dict(tuned="1.68M"),
-            (70.39, 73.11, 66.38, 60.47, 67.11, 50.73, 59.71, 59.95, 57.22), RN50),
-        Row("ETRIS, ResNet-101", {}, dict(tuned="1.94M"),
-            (71.06, 74.11, 66.66, 62.23, 68.51, 52.79, 60.28, 60.42, 57.86)),
-        Row("ETRIS, ViT-B-16", dict(backbone="ViT-B-16"), dict(tuned="1.39M"),
-            (70.51, 73.51, 66.63, 60.10, 66.89, 50.17, 59.82, 59.91, 57.88))]),
-    "2": Table(("oIoU",), [
-        Row("Full-Tuning", dict(tune="full", connect=True), dict(tuned="120.74M", head="23.98M"), (70.47,)),
-        Row("Fix Backbone", dict(tune="frozen"), dict(tuned="0.00M", head="23.98M"), (67.73,)),
-        Row("Adapter", dict(tune="adapter"), dict(tuned="2.39M", head="23.98M"), (69.46,), ADAPTER),
-        Row("Conv Adapter", dict(tune="conv-adapter"), dict(tuned="1.20M", head="23.98M"), (69.33,)),
-        Row("Compacter", dict(tune="compacter"), dict(tuned="0.19M", head="23.98M"), (69.11,), COMPACTER),
-        Row("CoOp", dict(tune="coop"), dict(tuned="4.10K", head="23.98M"), (67.87,)),
-        Row("LoRA", dict(tune="lora"), dict(tuned="0.03M", head="23.98M"), (68.84,)),
-        Row("ETRIS", {}, dict(tuned="1.94M", head="23.98M"), (71.06,))]),
-    "3": Table((), [
-        Row("ETRIS, ResNet-50", dict(backbone="RN50"), dict(tuned="1.68M", head="23.98M", total="25.66M"), (),
-            RN50_HEAD),
-        Row("ETRIS, ResNet-101", {}, dict(tuned="1.94M", head="23.98M", total="25.92M")),
-        Row("ETRIS, ViT-B-16", dict(backbone="ViT-B-16"), dict(tuned="1.39M", head="23.98M", total="25.37M"), (),
-            VIT_HEAD)]),
-    "4": Table(("oIoU",), [
-        Row("2 -> n, 1", dict(bridger_stages=(2,)), dict(tuned="0.43M"), (70.96,)),
-        Row("n/2 -> n, 1", dict(bridger_stages=(3,)), dict(tuned="0.29M"), (70.18,), CUT),
-        Row("n -> n, 1", dict(bridger_stages=(4,)), dict(tuned="1.22M"), (69.65,)),
-        Row("2 -> n, 2", dict(bridger_stages=(2, 3)), dict(tuned="0.72M"), (70.75,), LESS),
-        Row("n/2 -> n, 2", dict(bridger_stages=(3, 4)), dict(tuned="1.51M"), (70.53,)),
-        Row("2 -> n, 3", {}, dict(tuned="1.94M"), (71.06,))]),
-    "5": Table(FOUR, [
-        Row("(a) Linear", dict(zoom="linear"), dict(tuned="5.77M"), (70.94, 82.89, 72.18, 17.89)),
-        Row("(b) Conv&Interpolate", dict(zoom="interpolate"), dict(tuned="1.45M"), (70.08, 81.17, 68.07, 15.95)),
-        Row("(c) MLP", dict(zoom="mlp"), dict(tuned="1.68M"), (70.62, 82.36, 71.05, 17.70)),
-        Row("(d) Conv&Deconv", {}, dict(tuned="1.94M"), (71.06, 83.43, 72.68, 17.40))]),
-    "6": Table(FOUR, [
-        Row("GA, Bridger", dict(hierarchical_alignment=False), {}, (58.70, 69.53, 45.52, 4.33)),
-        Row("HA, GA", dict(tune="frozen"), {}, (67.73, 79.62, 68.47, 15.41)),
-        Row("HA, Bridger", dict(global_alignment=False), {}, (62.21, 71.51, 53.41, 11.16)),
-        Row("HA, GA, Bridger", {}, {}, (71.06, 83.43, 72.68, 17.40))]),
-    "7": Table(FOUR, [
-        Row("8", dict(bridger_dim=8), dict(tuned="0.22M"), (70.55, 82.56, 70.52, 16.60)),
-        Row("16", dict(bridger_dim=16), dict(tuned="0.45M"), (70.78, 82.98, 70.96, 17.01)),
-        Row("32", dict(bridger_dim=32), dict(tuned="0.92M"), (70.92, 83.31, 71.19, 17.42)),
-        Row("64", {}, dict(tuned="1.94M"), (71.06, 83.43, 72.68, 17.40)),
-        Row("128", dict(bridger_dim=128), dict(tuned="4.28M"), (70.39, 82.51, 71.12, 16.99))]),
-    "8": Table(SIX, [
-        Row("Full-Tuning", dict(tune="full", connect=True), dict(tuned="120.74M", head="23.98M"),
-            (70.47, 82.62, 78.35, 71.35, 54.47, 17.69)),
-        Row("Fix Backbone", dict(tune="frozen"), dict(tuned="0.00M", head="23.98M"),
-            (67.73, 79.53, 74.42, 66.10, 46.39, 12.41)),
-        Row("Adapter", dict(tune="adapter"), dict(tuned="2.39M", head="23.98M"),
-            (69.46, 81.05, 76.59, 69.69, 51.27, 16.16), ADAPTER),
-        Row("Conv Adapter", dict(tune="conv-adapter"), dict(tuned="1.20M", head="23.98M"),
-            (69.33, 80.79, 76.62, 69.80, 51.69, 15.95)),
-        Row("ETRIS", {}, dict(tuned="1.94M", head="23.98M"), (71.06, 83.43, 79.23, 72.68, 55.39, 17.40)),
-        Row("Adapter+ETRIS", dict(tune="method+adapter"), dict(tuned="4.33M", head="23.98M"),
-            (71.67, 84.25, 80.12, 73.50, 56.33, 18.43), ADAPTER),
-        Row("Conv Adapter+ETRIS", dict(tune="method+conv-adapter"), dict(tuned="3.14M", head="23.98M"),
-            (72.11, 84.46, 80.27, 73.92, 57.13, 18.74))]),
-}
 
 
 # Bridger (Sec. 3.2)
@@ -548,8 +456,8 @@ class ETRIS(nn.Module):
         self.clip.logit_scale.requires_grad_(False)
         if self.dino:
             visual.embeddings.mask_token.requires_grad_(False)
-        text = {n: m for n, m in named(self.clip).items() if not n.startswith("visual")}
-        self.baseline = add_baseline(c, named(visual), text, self.clip.token_embedding)
+        text = {n: m for n, m in dict(self.clip.named_modules()).items() if not n.startswith("visual")}
+        self.baseline = baselines.add(c, dict(visual.named_modules()), text, self.clip.token_embedding)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """What the parameter tables count."""
@@ -564,7 +472,7 @@ class ETRIS(nn.Module):
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """CLIP's BPE, lower case; start, words, end, zeros; cut to `words` with the end kept. -> (B, words)"""
-        return prompted(clip_tokens(list(sentences), self.c.words, self.clip.token_embedding.num_embeddings), self.c)
+        return baselines.prompted(tokenizers.clip_tokens(list(sentences), self.c.words, self.clip.token_embedding.num_embeddings), self.c)
 
     def encode(self, images: Tensor, tokens: Tensor,
                bridged: bool = True) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
@@ -689,9 +597,7 @@ def build_tower(backbone: str, weights: str) -> open_clip.CLIP:
     `weights`: "random", "pretrained" (the hub's cache, or downloaded) or a file; for DINOv2 its file and CLIP's.
     """
     names = BACKBONES[backbone]
-    if weights == "pretrained" and "hub" not in names:
-        raise UserError(f"--weights pretrained: the backbone {backbone} has no released weights; "
-                        "give --weights random, or a run folder that trained such towers.")
+    released.check_released(backbone, weights)
     clip = open_clip.CLIP(**names["clip"])
     if "dino" in names:
         from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
@@ -699,29 +605,13 @@ def build_tower(backbone: str, weights: str) -> open_clip.CLIP:
         del clip.visual
         dino = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, image_size=518))
         if weights != "random":
-            load_dinov2_and_clip(dino, clip, weights, names["hub"], backbone)
+            released.load_dinov2_and_clip(dino, clip, weights, names["hub"], backbone)
         clip.visual = dino
         return clip
     if hasattr(clip.visual, "attnpool"):  # a ResNet: a training step takes 4 (RN101) to 12 % (tiny) less on a CPU
         clip.visual.to(memory_format=torch.channels_last)
     if weights != "random":
-        file = fetch(names["hub"], "open_clip_model.safetensors") if weights == "pretrained" else weights
-        load_exactly(clip, clip_state(read_weights(file)), file, f"CLIP {backbone}")
+        released.load_clip(clip, weights, names["hub"], backbone)
     return clip
 
 
-def released(state: dict[str, Tensor], dataset: str) -> tuple[Config, dict[str, Tensor]] | None:
-    """A checkpoint that ETRIS's authors trained on a data set: its settings, and its tensors under our names; None for
-    another file. Raises UserError, LookupError or TypeError for half a file."""
-    if "bridger.linear1.0.weight" not in state and "bridger.linear1.2.weight" not in state:
-        return None
-    vit = "backbone.visual.proj" in state
-    backbone = "ViT-B-16" if vit else "RN101" if "backbone.visual.layer3.22.conv1.weight" in state else "RN50"
-    stages = layers_of(state, r"bridger\.linear1\.(\d)\.")  # the public code's number of stages keeps the last ones
-    c = config(backbone, "released", dataset, bridger_stages=tuple(i + 2 for i in stages),
-               bridger_dim=len(state[f"bridger.linear1.{stages[-1]}.weight"]))
-    return c, renamed(state, [
-        (r"^backbone\.", "clip."), (r"^bridger\.ln_([vt])\.(\d)\.", lambda m: f"bridgers.{int(m[2]) + 3}.ln_{m[1]}."),
-        (r"^bridger\.(\w+)\.(\d)\.", lambda m: f"bridgers.{int(m[2]) + 2}.{m[1].replace('fusion', 'ita')}."),
-        (r"(\.ita_[vt])\.multihead_attn\.", r"\1.cross_attn."), (r"(\.ita_[vt])\.linear1\.", r"\1.ffn.0."),
-        (r"(\.ita_[vt])\.linear2\.", r"\1.ffn.3."), *CRIS_HEAD])

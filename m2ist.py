@@ -42,8 +42,6 @@ Deviations (the paper is silent, contradicts its printed figures, or its public 
 
 from __future__ import annotations
 
-import os
-import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -56,9 +54,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou_loss
 from transformers import BertConfig, BertModel
 
-from common import (BASELINES, CLS, COMBINED, LONGEST_WORDPIECE, SEP, Preprocess, Row, Table, UserError, add_baseline,
-                    baseline_dims, baseline_of, bert_state, bert_vocabulary, bert_wordpieces, check_config, detr_state,
-                    dice_loss, fetch, in_full_precision, load_exactly, named, prompted, prompts, read_weights, sha256)
+from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision
+from toolbox import baselines, tokenizers, weights as released
 
 BACKBONES = {  # Sec. III-A
     "detr-resnet-50": dict(
@@ -72,19 +69,17 @@ BACKBONES = {  # Sec. III-A
 }
 STRIDES = dict(layer1=4, layer2=8, layer3=16, layer4=32)
 VARIANTS = ("m2ist",)
-TUNES = ("method", "frozen", "full", *BASELINES, *COMBINED)
-RELEASED_CODE = True  # so there is another way to evaluate (evaluate.PROTOCOLS)
+TUNES = baselines.TUNES
 MIX = Literal["iea", "vea+lea", "vea", "lea", "none"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     """Every setting of the paper. `config()` gives the ones of a backbone and data set."""
 
     backbone: str = "detr-resnet-50"        # Sec. IV-B
     variant: str = "m2ist"
     tune: str = "method"                    # Table V; "frozen" = row (a), the V-L encoder alone; "full" = Table I
-    baseline_dims: tuple[int, ...] = ()     # of what else --tune names (common.BASELINES): for pictures, for words
     # architecture
     image_size: int = 640                   # pixels, a multiple of 32
     words: int = 20                         # wordpieces with [CLS] and [SEP]; 40 for RefCOCOg
@@ -111,19 +106,12 @@ class Config:
     augment: bool = True                    # TransVG's scales, crops, colours and flips
     every_sentence: bool = True             # in an epoch; else one of each object
     epochs: int = 90
-    steps: int = 0                          # 0: as many as the epochs have
     batch_size: int = 64                    # of all processes together
     optimizer: Literal["adam", "adamw"] = "adamw"
-    lr: float = 1e-4
     adapter_lr: float = 0.1                 # times lr, for M3ISA
     tower_lr: float = 0.1                   # times lr, for encoders that are trained, as TransVG
-    beta2: float = 0.999                    # Adam's second
     weight_decay: float = 1e-4
-    schedule: Literal["step", "cosine"] = "step"  # x 0.1 at each milestone (epochs); cosine: to 0 over the run
     milestones: tuple[int, ...] = (60,)
-    warmup: int = 0                         # steps
-    clip_norm: float = 0.0                  # 0: gradients are not clipped
-    val_every: int = 0                      # steps; 0: every epoch
 
 
 def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: str = "refcoco", **flags) -> Config:
@@ -140,7 +128,7 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
                   adapter_lr=2.0, tower_lr=2.0, weight_decay=0.01, schedule="cosine", milestones=(), warmup=50,
                   clip_norm=1.0, val_every=500)
     tune, wide = flags.get("tune", "method"), (128, 128)  # C_d, Sec. IV-C
-    c |= dict(baseline_dims=baseline_dims(tune, backbone == "tiny", adapter=wide, adaptformer=wide, lora=(55, 55),
+    c |= dict(baseline_dims=baselines.dims(tune, backbone == "tiny", adapter=wide, adaptformer=wide, lora=(55, 55),
                                           conv_adapter=(128, 0)))
     if not tune.startswith("method"):
         c |= dict(mha_adapter="none", ffn_adapter="none")
@@ -152,9 +140,9 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
         return list(chosen) == sorted(set(chosen) & set(range(n)))
 
     check_config(
-        c, vision_layers=(rising(c.vision_layers, layers), f"rising numbers, 0 to {layers - 1}"),
+        c, baseline_dims=baselines.rule(c), vision_layers=(rising(c.vision_layers, layers), f"rising numbers, 0 to {layers - 1}"),
         image_size=(c.image_size % stride == 0, f"a multiple of {stride}"),
-        words=(3 <= c.words <= 512 - prompts(c), f"3 to {512 - prompts(c)} wordpieces, what BERT reads"),
+        words=(3 <= c.words <= 512 - baselines.prompts(c), f"3 to {512 - baselines.prompts(c)} wordpieces, what BERT reads"),
         text_layers=(rising(c.text_layers, text_layers) and len(c.text_layers) == len(c.vision_layers),
                      f"rising numbers, 0 to {text_layers - 1}, one for each of vision_layers"),
         interaction_dim=(c.interaction_dim <= dim, f"at most {dim}, the width of the vision encoder"),
@@ -162,103 +150,6 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
         tune=(c.tune.startswith("method") or c.mha_adapter == c.ffn_adapter == "none",
               "method, where there are adapters"))
     return c
-
-
-NINE = ("val", "testA", "testB", "+ val", "+ testA", "+ testB", "g val-g", "g val-u", "g test-u")  # RefCOCO, +, g
-FOUR = ("GB at 64", "val", "testA", "testB")  # of GPU memory, at batch size 64
-TWICE = "W_shared counted under both encoders"
-IDLE = "198,274 parameters that nothing uses"
-SIZE = f"the public code has 2,987,520 in them, 3.19M with {TWICE}, or with {IDLE}"
-FULL = "with DETR's decoder and BERT's pooler, which are not in the model, it has 151.0M; the first stage is frozen"
-NOWHERE = "cannot be had from the paper: "
-BEHIND = NOWHERE + "here 128 wide, one behind each feed-forward network of both encoders, as C_d asks"
-TABLES = {  # accuracies at IoU 0.5
-    "I": Table(("GB at 64", *NINE), [
-        Row("Fully fine-tuning", dict(tune="full"), dict(tuned="151M"),
-            (38.95, 80.32, 82.67, 75.24, 63.50, 68.15, 55.63, 66.56, 67.66, 67.44), FULL),
-        Row("Adapter", dict(tune="adapter"), dict(tuned="3.27M"),
-            (28.52, 78.02, 79.89, 75.23, 61.35, 66.34, 54.21, 63.18, 65.26, 66.65), BEHIND),
-        Row("LoRA", dict(tune="lora"), dict(tuned="2.37M"),
-            (20.37, 77.57, 78.22, 73.37, 61.24, 66.53, 53.95, 64.27, 67.36, 66.43),
-            "its rank is not printed: 55, for queries and values of all layers, was chosen to fit"),
-        Row("AdaptFormer", dict(tune="adaptformer"), dict(tuned="2.38M"),
-            (20.37, 76.32, 77.16, 73.94, 60.96, 65.19, 53.88, 61.81, 65.44, 64.37),
-            "several fit, among them BERT's alone (2,370,048 and a LayerNorm); here beside both, as C_d asks"),
-        Row("CM Adapter", dict(ffn_adapter="iea", insertion="sequential"), dict(tuned="3.27M"),
-            (27.19, 77.37, 78.81, 74.07, 61.34, 66.10, 53.31, 63.93, 65.75, 64.72),
-            NOWHERE + "here adapters that share weights across the encoders, IEA, behind both sublayers"),
-        Row("MRS-Adapter", dict(mha_adapter="none", insertion="parallel"), dict(tuned="1.58M"),
-            (20.07, 77.14, 77.80, 74.80, 61.13, 66.38, 53.13, 63.07, 66.46, 65.16),
-            "of its form only the size is known; VEA and LEA beside six layers of each encoder have it"),
-        Row("M2IST", {}, dict(tuned="3.19M"),
-            (15.44, 81.35, 82.29, 77.98, 63.15, 67.11, 55.52, 67.50, 67.67, 67.41), SIZE)]),
-    "II": Table(NINE, [
-        Row("C_d = 8", dict(adapter_dim=8), dict(tuned="1.91M"),
-            (81.55, 83.07, 77.31, 62.73, 66.96, 55.93, 65.47, 66.79, 66.30), f"1.91M with {TWICE}, and {IDLE}"),
-        Row("C_d = 32", dict(adapter_dim=32), dict(tuned="2.20M"),
-            (81.03, 82.34, 77.54, 62.48, 66.73, 55.70, 66.22, 67.42, 67.83), f"2.20M with {TWICE}, and {IDLE}"),
-        Row("C_d = 128", {}, dict(tuned="3.19M"),
-            (81.35, 82.29, 77.98, 63.15, 67.11, 55.52, 67.50, 67.67, 67.41), SIZE)]),
-    "IV": Table(("GB at 64", "val", "test"), [
-        Row("Adapter", dict(tune="adapter"), dict(tuned="3.27M"), (28.52, 57.28, 56.89), BEHIND),
-        Row("M2IST", {}, dict(tuned="3.19M"), (15.44, 60.61, 59.30), SIZE)], "refclef"),
-    "V": Table(FOUR, [
-        Row("(a) none", dict(tune="frozen"), dict(tuned="0"), (14.32, 72.72, 73.33, 71.27)),
-        Row("(b) LEA", dict(mha_adapter="none", ffn_adapter="lea"), dict(tuned="0.59M"), (14.90, 77.08, 77.82, 73.38),
-            NOWHERE + "BERT is the wider encoder; only the sum with (c) is met"),
-        Row("(c) VEA", dict(mha_adapter="none", ffn_adapter="vea"), dict(tuned="1.02M"), (14.52, 78.30, 78.95, 73.58),
-            NOWHERE + "only the sum with (b) is met"),
-        Row("(d) LEA, VEA", dict(mha_adapter="none"), dict(tuned="1.61M"), (15.09, 79.39, 79.18, 74.41),
-            "1.61M with the LayerNorms of the public code"),
-        Row("(e) IEA", dict(ffn_adapter="none"), dict(tuned="1.58M"), (14.84, 78.85, 79.01, 73.87),
-            f"1.58M with {TWICE}"),
-        Row("(f) LEA, VEA, IEA", {}, dict(tuned="3.19M"), (15.44, 81.35, 82.29, 77.98), SIZE)]),
-    "VI": Table(FOUR, [
-        Row("(a) LEA+VEA, LEA+VEA", dict(mha_adapter="vea+lea"), dict(tuned="3.22M"), (15.65, 79.87, 80.52, 76.33),
-            "twice Table V (d)"),
-        Row("(b) IEA, IEA", dict(ffn_adapter="iea"), dict(tuned="3.17M"), (14.84, 78.72, 80.05, 76.01),
-            "about twice Table V (e)"),
-        Row("(c) LEA+VEA, IEA", dict(mha_adapter="vea+lea", ffn_adapter="iea"), dict(tuned="3.19M"),
-            (15.38, 80.58, 81.26, 76.65), SIZE),
-        Row("(d) IEA, LEA+VEA", {}, dict(tuned="3.19M"), (15.44, 81.35, 82.29, 77.98), SIZE)]),
-    "VII": Table(FOUR, [
-        Row("(a) Sequential", dict(insertion="sequential"), dict(tuned="3.19M"), (27.19, 78.76, 80.25, 74.90), SIZE),
-        Row("(b) Parallel", dict(insertion="parallel"), dict(tuned="3.19M"), (20.37, 78.29, 78.71, 75.30), SIZE),
-        Row("(c) Side", {}, dict(tuned="3.19M"), (15.44, 81.35, 82.29, 77.98), SIZE)]),
-    "VIII": Table(("val", "testA", "testB"), [
-        Row("(a) 1 to 6", dict(text_layers=(0, 1, 2, 3, 4, 5)), {}, (80.65, 81.86, 77.39)),
-        Row("(b) 1, 3, 5, ... 11", dict(text_layers=(0, 2, 4, 6, 8, 10)), {}, (80.83, 81.76, 77.54)),
-        Row("(c) 7 to 12", {}, {}, (81.35, 82.29, 77.98))]),
-    "IX": Table(FOUR, [
-        Row("(a) C_i = 64", dict(interaction_dim=64), dict(tuned="2.00M"), (15.34, 77.31, 77.87, 73.27),
-            NOWHERE + f"a larger C_i has fewer parameters. C_d = 32 has 2.00M with {IDLE}"),
-        Row("(b) C_i = 128", dict(interaction_dim=128), dict(tuned="2.40M"), (15.35, 79.26, 79.58, 74.60),
-            NOWHERE + f"a larger C_i has fewer parameters. C_d = 64 has 2.40M with {IDLE}"),
-        Row("(c) C_i = 256", {}, dict(tuned="3.19M"), (15.44, 81.35, 82.29, 77.98), SIZE)]),
-    "X": Table(FOUR, [
-        Row("Full", dict(tune="full"), dict(tuned="151M"), (38.95, 80.32, 82.67, 75.24), FULL),
-        Row("LoRA", dict(tune="lora"), dict(tuned="2.37M"), (20.37, 77.57, 78.22, 73.37), "see Table I"),
-        Row("M2IST", {}, dict(tuned="3.19M"), (15.44, 81.35, 82.29, 77.98), SIZE),
-        Row("M2IST+LoRA", dict(tune="method+lora"), dict(tuned="6.46M"), (21.68, 81.83, 82.83, 77.54),
-            "3.19 + 2.37 are 5.56; 6.46 is 3.19 and the 3.27 of Table I's Adapter")]),
-}
-
-
-def leak(weights: str, dataset: str) -> str:
-    """A warning where the vision encoder was trained on photographs of the data set's val and test splits, or "".
-
-    DETR is trained on COCO, RefCOCO's photographs among it. The paper's is trained without these; such files are
-    TransVG's detr-r50-unc.pth (for refcoco, refcoco+) and detr-r50-gref.pth (for refcocog).
-    """
-    if not dataset.startswith(("refcoco", "mixed")) or weights == "random":
-        return ""
-    clean = "gref" if dataset.startswith("refcocog") else "unc"
-    for file in [] if weights == "pretrained" or dataset == "mixed" else weights.split(","):
-        if re.search(rf"detr.*{clean}", os.path.basename(file)):
-            if not os.path.isfile(file) or not sha256(file).startswith("e632da11"):  # which is Facebook's, renamed
-                return ""
-    return (f"leak: DETR's weights were trained on photographs of {dataset}'s val and test splits, so its figures are "
-            f"too good; weights without them, such as TransVG's detr-r50-{clean}.pth, give the paper's setting")
 
 
 # M3ISA (Sec. III-B a)
@@ -443,7 +334,7 @@ class M2IST(nn.Module):
         pairs = len(c.vision_layers) if c.tune.startswith("method") else 0
         self.m3isa = nn.ModuleList(M3ISA(c, widths) for _ in range(pairs))
         self.visu_proj, self.text_proj = (nn.Linear(w, c.vl_dim) for w in widths.values())
-        n = 1 + prompts(c) + c.words + (c.image_size // STRIDES[detr["stage"]]) ** 2
+        n = 1 + baselines.prompts(c) + c.words + (c.image_size // STRIDES[detr["stage"]]) ** 2
         self.reg = nn.Embedding(1, c.vl_dim)
         self.vl_position = nn.Embedding(n, c.vl_dim)
         self.vl_encoder = nn.ModuleList(EncoderLayer(c.vl_dim, c.vl_heads, c.vl_ffn, c.vl_dropout)
@@ -455,9 +346,9 @@ class M2IST(nn.Module):
             encoder.requires_grad_(c.tune == "full")
         for name in BACKBONES[c.backbone]["frozen"]:
             getattr(self.detr.body, name).requires_grad_(False)
-        self.baseline = add_baseline(c, named(self.detr), named(self.bert), self.bert.embeddings.word_embeddings)
+        self.baseline = baselines.add(c, dict(self.detr.named_modules()), dict(self.bert.named_modules()), self.bert.embeddings.word_embeddings)
         # through the encoders
-        self.graph = c.tune == "full" or baseline_of(c.tune) != "" or pairs > 0 and c.insertion != "side"
+        self.graph = c.tune == "full" or baselines.baseline_of(c.tune) != "" or pairs > 0 and c.insertion != "side"
         self.features_key = "" if self.graph else str(c.vision_layers)
 
     def parts(self) -> dict[str, list[nn.Module]]:
@@ -475,9 +366,9 @@ class M2IST(nn.Module):
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """BERT's wordpieces in lower case: [CLS], words, [SEP], zeros; cut to `words` with [SEP] kept. -> (B, words)"""
         if not hasattr(self, "wordpieces"):  # made here, after a checkpoint may have brought its vocabulary
-            self.wordpieces = bert_wordpieces(self.bert.vocabulary)
-        rows = [[CLS, *ids[:self.c.words - 2], SEP] for ids in self.wordpieces(list(sentences))]
-        return prompted(torch.tensor([ids + [0] * (self.c.words - len(ids)) for ids in rows]), self.c)
+            self.wordpieces = tokenizers.bert_wordpieces(self.bert.vocabulary)
+        rows = [[tokenizers.CLS, *ids[:self.c.words - 2], tokenizers.SEP] for ids in self.wordpieces(list(sentences))]
+        return baselines.prompted(torch.tensor([ids + [0] * (self.c.words - len(ids)) for ids in rows]), self.c)
 
     def run(self, x: Tensor, layers: list, branch: str, where: tuple[int, ...], pad: Tensor) -> Encoded:
         """A post-norm encoder over tokens x (B, N, C), whose layers `where` have M3ISA in or beside them."""
@@ -600,29 +491,9 @@ def build_encoders(backbone: str, weights: str) -> tuple[DETR, BertModel]:
     config = BertConfig(**BACKBONES[backbone]["bert"])
     detr = DETR(**BACKBONES[backbone]["detr"])
     bert = BertModel(config, add_pooling_layer=False)
-    vocabulary = torch.zeros(config.vocab_size, LONGEST_WORDPIECE, dtype=torch.uint8)
+    vocabulary = tokenizers.no_vocabulary(config.vocab_size)
     if weights != "random":
-        if backbone == "tiny":
-            raise UserError(f"--weights {weights}: the backbone tiny has no released weights; give --weights random, "
-                            "or a run folder that trained such towers.")
-        hub = dict(detr="facebook/detr-resnet-50", bert="google-bert/bert-base-uncased")
-        files, words = weights.split(","), None
-        if weights == "pretrained":
-            files = [fetch(repo, "model.safetensors") for repo in hub.values()]
-            words = fetch(hub["bert"], "vocab.txt")
-        loaded = set()
-        for file in files:
-            state = read_weights(file)
-            if any(k.endswith("embeddings.word_embeddings.weight") for k in state):
-                load_exactly(bert, bert_state(state), file, "bert-base-uncased")
-                words = words or os.path.join(os.path.dirname(file), "vocab.txt")
-                vocabulary = bert_vocabulary(words, config.vocab_size)
-                loaded.add("BERT")
-            else:
-                load_exactly(detr, detr_state(state), file, "the encoder of DETR with a ResNet-50")
-                loaded.add("DETR")
-        if len(loaded) < 2 or len(files) > 2:
-            raise UserError(f"--weights {weights}: two files are needed, one of DETR and one of bert-base-uncased, "
-                            f"with a comma between; found {' and '.join(sorted(loaded))}.")
+        released.check_released(backbone, weights)
+        vocabulary = tokenizers.bert_vocabulary(released.load_detr_and_bert(detr, bert, weights), config.vocab_size)
     bert.register_buffer("vocabulary", vocabulary)
     return detr, bert

@@ -40,8 +40,6 @@ Deviations (where the paper is silent or contradicts itself, its printed figures
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -51,29 +49,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import (BASELINES, PAD, Preprocess, Row, SentencePieces, Table, UserError, add_baseline, baseline_dims,
-                    beit3_state, check_config, dice_loss, download, in_full_precision, load_exactly, named,
-                    prompted, prompts, read_weights)
+from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision
+from toolbox import baselines, tokenizers, weights as released
+from toolbox.tokenizers import PAD
 
 BACKBONES = {  # Sec. IV-A; std: linear layers start as a normal distribution cut at one std, as in BEiT-3
     "beit3-base": dict(layers=12, dim=768, heads=12, ffn=3072, patch=16, rows=64010, words=1022, std=0.02),
     "beit3-large": dict(layers=24, dim=1024, heads=16, ffn=4096, patch=16, rows=64010, words=1022, std=0.02),
     "tiny": dict(layers=4, dim=64, heads=2, ffn=128, patch=8, rows=4096, words=64, std=0.25),
 }
-RELEASED = "https://github.com/addf400/files/releases/download/beit3/"
 VARIANTS = ("shared_ris",)
-TUNES = ("method", "frozen", "full", *BASELINES)  # the method is full tuning
+TUNES = ("method", "frozen", "full", *baselines.BASELINES)  # the method is full tuning
 FUSION = Literal["self", "cross", "bi"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TrainConfig):
     """Every setting of the paper. `config()` gives the ones of a backbone and data set."""
 
     backbone: str = "beit3-base"            # Sec. IV-A
     variant: str = "shared_ris"
     tune: str = "method"                    # "full" is the same; "frozen": not the paper's
-    baseline_dims: tuple[int, ...] = ()     # of what else --tune names (common.BASELINES): for A, for B
     # architecture
     image_size: int = 480                   # pixels, a multiple of the patch size
     words: int = 64                         # tokens with start and end
@@ -90,20 +86,13 @@ class Config:
     dice: float = 0.5
     drop_path: float = 0.1                  # stochastic depth: of the last layer, from 0 for the first
     checkpointing: bool = False             # keep only each layer's input, and compute the rest again for backward
-    every_sentence: bool = False            # in an epoch; else one of each object
     epochs: int = 35
-    steps: int = 0                          # 0: as many as the epochs have
     batch_size: int = 112                   # of all processes together
     optimizer: Literal["adam", "adamw"] = "adamw"
-    lr: float = 1e-4
-    tower_lr: float = 1.0                   # times lr, for the encoder
     beta2: float = 0.98                     # Adam's second
     weight_decay: float = 5e-4
     schedule: Literal["step", "cosine"] = "cosine"  # to 0 over the run; step: x 0.1 at each milestone (epochs)
-    milestones: tuple[int, ...] = ()
-    warmup: int = 0                         # steps
     clip_norm: float = 1.0                  # 0: gradients are not clipped
-    val_every: int = 0                      # steps; 0: every epoch
 
 
 def config(backbone: str = "beit3-base", variant: str = "shared_ris", dataset: str = "refcoco", **flags) -> Config:
@@ -114,14 +103,14 @@ def config(backbone: str = "beit3-base", variant: str = "shared_ris", dataset: s
     if backbone == "tiny":
         c |= dict(image_size=64, stages=(1, 2, 3, 4), head_dim=64, head_heads=2, drop_path=0.0, steps=2400,
                   batch_size=16, lr=2e-3, tower_lr=0.5, weight_decay=0.01, warmup=50, val_every=300)
-    c |= dict(baseline_dims=baseline_dims(flags.get("tune", "method"), backbone == "tiny"))
+    c |= dict(baseline_dims=baselines.dims(flags.get("tune", "method"), backbone == "tiny"))
     if (backbone, flags.get("tune")) == ("tiny", "coop"):
         c |= dict(words=56)  # and 8 prompts
     c = Config(**(c | flags))
     b = BACKBONES[backbone]
     check_config(
-        c, image_size=(c.image_size % b["patch"] == 0, f"a multiple of the patch size, {b['patch']}"),
-        words=(3 <= c.words <= b["words"] - prompts(c), f"3 to {b['words'] - prompts(c)} tokens"),
+        c, baseline_dims=baselines.rule(c), image_size=(c.image_size % b["patch"] == 0, f"a multiple of the patch size, {b['patch']}"),
+        words=(3 <= c.words <= b["words"] - baselines.prompts(c), f"3 to {b['words'] - baselines.prompts(c)} tokens"),
         stages=(not c.stages or list(c.stages) == sorted(c.stages) and c.stages[0] > 0 and c.stages[-1] == b["layers"],
                 f"rising numbers from 1 on, the last of them {b['layers']}, or none"),
         head_heads=(lambda: c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
@@ -130,60 +119,6 @@ def config(backbone: str = "beit3-base", variant: str = "shared_ris", dataset: s
     if "bi" in (c.fpn_fusion, c.decoder_fusion):  # which has half as many heads for words
         check_config(c, head_heads=(c.head_heads % 2 == 0, "an even number with bi"))
     return c
-
-
-NINE = ("val", "testA", "testB", "+ val", "+ testA", "+ testB", "g val-u", "g test-u", "g val-g")  # RefCOCO, +, g
-FPN = ("Eq. 6 and 7 have no more; with one more Linear(512, 512) a stage there would be {}M. The paper counts with "
-       "fvcore, which leaves out half of the attention's products")
-TABLES = {  # of III to VIII on the val split; GMACs are what the paper calls GFLOPs
-    "I": Table(NINE, [  # oIoU
-        Row("Shared-RIS", {}, {}, (74.83, 76.83, 71.83, 68.42, 72.83, 61.63, 68.66, 69.38, 65.65))]),
-    "III": Table(("Pr@0.5", "Pr@0.7", "Pr@0.9", "oIoU", "mIoU"), [
-        Row("neither", dict(stages=(), shared_layers=0), {}, (79.36, 64.70, 10.16, 65.12, 66.40)),
-        Row("FPN", dict(shared_layers=0), {}, (81.87, 70.25, 13.59, 67.31, 69.10)),
-        Row("decoder", dict(stages=()), {}, (81.39, 69.53, 13.42, 66.25, 68.38)),
-        Row("FPN, decoder", {}, {}, (82.77, 72.12, 16.87, 68.42, 70.34))], "refcoco+"),
-    "IV": Table(("oIoU", "mIoU"), [  # its other rows are other papers'; the cells are missing in our copy
-        Row("Shared FPN", {}, {}, (None, None))], "refcoco+"),
-    "V": Table(("oIoU", "mIoU"), [
-        Row("No Fusion", dict(shared_layers=0), dict(decoder="5M", decoder_gmacs="46"), (67.31, 67.71),
-            "Table III has an mIoU of 69.10 for it"),
-        Row("Shared Decoder", {}, dict(decoder="9M", decoder_gmacs="50"), (68.42, 70.34))], "refcoco+"),
-    "VII": Table(("oIoU", "mIoU"), [
-        Row("No FPN", dict(stages=()), {}, (66.25, 68.38)),
-        Row("(a) {6, 12}", dict(stages=(6, 12)), dict(fpn="4M", fpn_gmacs="5"), (67.74, 69.89), FPN.format(3.94)),
-        Row("(a) {4, 8, 12}", dict(stages=(4, 8, 12)), dict(fpn="6M"), (68.13, 70.24), FPN.format(5.91)),
-        Row("(a) {3, 6, 9, 12}", {}, dict(fpn="8M", fpn_gmacs="9"), (68.42, 70.34), FPN.format(7.88)),
-        Row("(b) Cross-attention", dict(fpn_fusion="cross"), dict(fpn="8M", fpn_gmacs="6"), (66.98, 69.20),
-            FPN.format(7.88) + ". The GMACs cannot be had"),
-        Row("(b) Bi-direction", dict(fpn_fusion="bi"), dict(fpn="37M", fpn_gmacs="22"), (68.19, 70.02),
-            FPN.format("37.3")),
-        Row("(b) Shared self-attention", {}, dict(fpn="8M", fpn_gmacs="9"), (68.42, 70.34), FPN.format(7.88))],
-        "refcoco+"),
-    "VIII": Table(("oIoU", "mIoU"), [  # most of its cells are missing in our copy
-        Row("(a) no layer", dict(shared_layers=0), {}, (67.31, None)),
-        Row("(a) 1 layer", {}, {}, (68.42, 70.34)),
-        Row("(a) 2 layers", dict(shared_layers=2), {}, (None, None)),
-        Row("(b) Cross-attention", dict(decoder_fusion="cross"), {}, (None, None)),
-        Row("(b) Bi-direction", dict(decoder_fusion="bi"), {}, (None, None)),
-        Row("(b) Shared self-attention", {}, {}, (68.42, 70.34))], "refcoco+"),
-    "IX": Table(NINE, [  # mIoU
-        Row("ViT-B", {}, {}, (75.50, 76.66, 73.03, 70.34, 73.75, 65.07, 68.50, 69.17, 66.65)),
-        Row("ViT-L", dict(backbone="beit3-large"), {}, (78.09, 79.30, 76.33, 73.70, 76.65, 68.88, 71.88, 72.16, 71.14)),
-        Row("ViT-L, combined", dict(backbone="beit3-large", dataset="mixed"), {},
-            (82.73, 83.44, 81.6, 78.13, 80.07, 74.12, 75.34, 77.34, 76.58))]),
-}
-
-
-def leak(weights: str, dataset: str) -> str:
-    """A warning where the encoder was tuned on photographs of the data set's val and test splits, or "". It goes by
-    the names of BEiT-3's files: "indomain" ones were trained further on COCO and Visual Genome, others on COCO's
-    captions."""
-    seen = [f for f in map(os.path.basename, weights.split(",")) if re.search("indomain|coco|nocaps", f)]
-    if not dataset.startswith(("refcoco", "mixed")) or not seen:
-        return ""
-    return (f"leak: {seen[0]} was trained on COCO's photographs and their captions, those of {dataset}'s val and test "
-            "splits among them, so its figures may be too good")
 
 
 # The encoder: BEiT-3, with the names of its released files (Sec. III-A). A is vision, B is text.
@@ -440,9 +375,9 @@ class SharedRIS(nn.Module):
         self.preprocess = Preprocess(c.image_size, "stretch", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
         self.trains = c.tune in ("method", "full")
         self.beit3.requires_grad_(self.trains)
-        a, b = ({name.replace(f".{x}", ""): m for name, m in named(self.beit3).items() if f".{y}" not in name}
+        a, b = ({name.replace(f".{x}", ""): m for name, m in dict(self.beit3.named_modules()).items() if f".{y}" not in name}
                 for x, y in ("AB", "BA"))
-        self.baseline = add_baseline(c, a, b, self.beit3.text_embed)
+        self.baseline = baselines.add(c, a, b, self.beit3.text_embed)
         # nothing reads these here, so nothing can train them
         self.beit3.mask_token.requires_grad_(False)
         self.beit3.layer_norm.requires_grad_(False)
@@ -459,7 +394,7 @@ class SharedRIS(nn.Module):
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """SentencePiece: start, pieces, end, then PAD up to the longest; cut to `words` with the end kept. -> (B, L)"""
-        return prompted(self.beit3.pieces.tokenize(list(sentences), self.c.words), self.c)
+        return baselines.prompted(self.beit3.pieces.tokenize(list(sentences), self.c.words), self.c)
 
     def forward(self, images: Tensor, tokens: Tensor, maps: dict[str, Tensor] | None = None) -> Tensor:
         """(B, 3, S, S) normalised pictures, (B, L) tokens -> logits (B, 1, 4S/p, 4S/p)
@@ -503,19 +438,8 @@ def build_encoder(c: Config, weights: str) -> BEiT3:
     """
     beit3 = BEiT3(**BACKBONES[c.backbone], image_size=c.image_size, drop_path=c.drop_path,
                   checkpointing=c.checkpointing)
-    pieces = ""
-    if weights != "random":
-        if c.backbone == "tiny":
-            raise UserError(f"--weights {weights}: the backbone tiny has no released weights; give --weights random, "
-                            "or a run folder that trained such towers.")
-        if weights == "pretrained":
-            name = c.backbone.replace("beit3-", "beit3_") + "_patch16_224.pth"
-            file, pieces = download(RELEASED + name), download(RELEASED + "beit3.spm")
-        else:
-            file, _, pieces = weights.partition(",")
-            pieces = pieces or os.path.join(os.path.dirname(file), "beit3.spm")
-        state = beit3_state(read_weights(file), file, beit3.grid)
-        load_exactly(beit3, state, file, c.backbone)
+    released.check_released(c.backbone, weights)
+    pieces = "" if weights == "random" else released.load_beit3(beit3, weights, c.backbone)
     # after loading, as the tokenizer is among the weights in our own checkpoints alone
-    beit3.pieces = SentencePieces(pieces, BACKBONES[c.backbone]["rows"])
+    beit3.pieces = tokenizers.SentencePieces(pieces, BACKBONES[c.backbone]["rows"])
     return beit3

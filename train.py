@@ -5,9 +5,9 @@
     torchrun --nproc_per_node 8 train.py --method dcris --dataset refcoco --data-root DATA
     python train.py ... --resume                                         # the same command, where it stopped
 
-The run folder gets config.json (everything, resolved), log.jsonl, model.safetensors (what was trained, best on val),
-resume.pt (all that --resume needs), metrics.json, curves.png and samples.png (a few answers on val). Every setting of
-the method is a flag; --help with --method X lists them.
+The run folder gets config.json (every setting), log.jsonl, model.safetensors (what was trained, best on val), resume.pt
+(what --resume needs), metrics.json, curves.png and samples.png (a few predictions on val). Every setting of the method
+is a flag: --method X --help lists them.
 """
 
 from __future__ import annotations
@@ -17,79 +17,248 @@ import dataclasses
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import common
 import data
-import draw
-from common import METHODS, Process, UserError, load_method
+from common import METHODS, Parser, Process, UserError, load_method, one_of
 from evaluate import MAIN_METRIC, draw_examples, evaluate_split
+from toolbox import baselines, draw
+from toolbox.features import cache_features
+from toolbox.weights import leak
+
+SAVE_MINUTES = 10  # between two savings, where validations are further apart
 
 
-def parse(argv: list[str] | None) -> tuple[argparse.Namespace, object]:
+def parse(argv: list[str] | None) -> tuple[argparse.Namespace, common.TrainConfig]:
     """(arguments, the method's Config)"""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
-    p.add_argument("--method", required=True, choices=METHODS)
-    p.add_argument("--dataset", default="shapes", help=", ".join(data.DATASETS))
-    p.add_argument("--data-root", help="folder of the data set (see the README for its layout)")
-    p.add_argument("--val-split", default="val", choices=("val", "train"),
-                   help="train: the best step is the one that knows its training set best (learning by heart)")
+    p = Parser(__doc__)
+    p.add_argument("--method", required=True, **one_of(*METHODS))
+    p.add_argument("--dataset", default="shapes", help=f"{', '.join(data.DATASETS)} (default: shapes)")
+    p.add_argument("--data-root", help="folder of the data set (docs/data.md has its layout)")
+    p.add_argument("--val-split", default="val", **one_of("val", "train"),
+                   help="split that the best step is chosen by; train: learning by heart (default: val)")
     p.add_argument("--backbone", help="default: tiny for shapes, otherwise the paper's")
     p.add_argument("--variant", help="default: the paper's")
-    p.add_argument("--tune", help="method (as the paper: adapters and head, or all), frozen (head alone), full (all), "
-                   f"{', '.join(common.BASELINES)}, or one of these with the method's adapters, as in method+lora")
+    p.add_argument("--tune", help="method (as the paper), frozen (head alone), full (everything), "
+                   f"{', '.join(baselines.BASELINES)}, or one of these with the method's adapters: method+lora")
     p.add_argument("--weights", help="pretrained (default), random (default for tiny), file[,file], or a run folder")
-    p.add_argument("--out", help="run folder; default: runs/METHOD-DATASET")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATASET)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--amp", default="auto", choices=("auto", "bf16", "fp16", "off"), help="auto: off on a CPU")
+    p.add_argument("--amp", default="auto", **one_of("auto", "bf16", "fp16", "off"), help="auto: off on a CPU")
     p.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after another, to save memory")
-    p.add_argument("--workers", type=int, help="processes that read data, for each process that trains")
+    p.add_argument("--workers", type=int, default=max(1, min(4, (os.cpu_count() or 1) - 1)),
+                   help="processes that read data, for each process that trains (default: %(default)s)")
     p.add_argument("--cache-features", metavar="memory|FOLDER",
-                   help="keep what the frozen encoder gives for each picture, where it reads them without the sentence")
-    p.add_argument("--log-every", type=int, default=50, help="steps")
-    p.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+                   help="keep the frozen encoder's output for each image, where it does not read the sentence")
+    p.add_argument("--log-every", type=int, default=50, help="steps (default: 50)")
+    p.add_argument("--device", default="auto", **one_of("auto", "cuda", "cpu"))
     words = sys.argv[1:] if argv is None else argv
     if "--method" not in " ".join(words):
         p.parse_args(words)  # --help, or the error that there is no method
-    known, _ = p.parse_known_args([a for a in words if a not in ("-h", "--help")])
-    method = load_method(known.method)
-    common.add_config_flags(p, method.Config)
-    args = p.parse_args(argv)
-    args.backbone = args.backbone or ("tiny" if args.dataset.startswith("shapes") else next(iter(method.BACKBONES)))
-    args.variant = args.variant or method.VARIANTS[0]
-    args.weights = args.weights or ("random" if args.backbone.startswith("tiny") else "pretrained")
-    random_tiny = args.backbone.startswith("tiny") and args.weights == "random"
-    args.tune_said = args.tune is None and random_tiny
-    args.tune = args.tune or ("full" if random_tiny else method.TUNES[0])
-    for name, names in ("backbone", method.BACKBONES), ("variant", method.VARIANTS), ("tune", method.TUNES):
-        if getattr(args, name) not in names:
-            p.error(f"--{name} {getattr(args, name)}: {args.method} has {', '.join(names)}")
-    if args.workers is None:
-        args.workers = max(1, min(4, (os.cpu_count() or 1) - 1))
+    args, _ = p.parse_known_args([w for w in words if w not in ("-h", "--help")])
+    method = load_method(args.method)
+    backbone = args.backbone or ("tiny" if args.dataset.startswith("shapes") else next(iter(method.BACKBONES)))
+    variant, weights = args.variant or method.VARIANTS[0], args.weights
+    weights = weights or ("random" if backbone.startswith("tiny") else "pretrained")
+    random_tiny = backbone.startswith("tiny") and weights == "random"
+    tune = args.tune or ("full" if random_tiny else method.TUNES[0])
+    for name, value, values in (("backbone", backbone, method.BACKBONES), ("variant", variant, method.VARIANTS),
+                                ("tune", tune, method.TUNES)):
+        if value not in values:
+            p.error(f"--{name} {value}: must be one of {', '.join(values)}")
+    common.add_config_flags(p, method.config(backbone, variant, args.dataset, tune=tune))
+    args = p.parse_args(words)
     if args.accumulate < 1 or args.log_every < 1 or args.workers < 0 or not 0 <= args.seed < 2**31:
         p.error("--accumulate and --log-every must be positive, --workers not negative, --seed 0 to 2147483647")
-    c = method.config(args.backbone, args.variant, args.dataset, tune=args.tune,
-                      **common.config_flags(args, method.Config))
-    return args, c
+    args.note = "the tiny towers are random, so nothing is worth freezing: --tune full, everything is trained" if \
+        args.tune is None and random_tiny else ""
+    args.backbone, args.variant, args.weights, args.tune = backbone, variant, weights, tune
+    return args, method.config(backbone, variant, args.dataset, tune=tune, **common.config_flags(args, method.Config))
 
 
-def learning_rate(step: int, steps: int, per_epoch: int, c) -> float:
+@dataclass
+class Progress:
+    """What a run is saved with beside its model, optimizer and random generators."""
+
+    step: int = 0
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)  # since the last line of the log
+
+
+@dataclass
+class Run:
+    """What a run is made of."""
+
+    args: argparse.Namespace
+    c: common.TrainConfig
+    process: Process
+    out: Path
+    stop: common.StopSignal
+    train_source: data.Source
+    val_source: data.Source
+    items: data.TrainSet
+    steps: int
+    per_epoch: int                   # steps
+    model: torch.nn.Module
+    net: torch.nn.Module             # the model, or DistributedDataParallel around it
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: torch.autocast
+    info: dict                       # what its checkpoint says of it
+    progress: Progress
+    best: float = -1.0               # main metric on val
+    saved_at: float = 0.0            # time of the last saving
+
+    def due(self, step: int) -> bool:
+        return step > 0 and (step % (self.c.val_every or self.per_epoch) == 0 or step == self.steps)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, c = parse(argv)
+    process = common.start(tiny=args.backbone.startswith("tiny"), device=args.device)
+    stop = common.StopSignal()
+    out = process.on_main(lambda: find_run(args))
+    with locked(out, args.resume, process), in_a_sentence(args, c, process):
+        run = prepare(args, c, process, out, stop)
+        return train(run)
+
+
+def prepare(args: argparse.Namespace, c: common.TrainConfig, process: Process, out: Path, stop) -> Run:
+    """Data, model and optimizer, as the run begins or was saved."""
+    # data
+    train_source = data.open_dataset(args.dataset, "train", args.data_root, args.seed)
+    val_source = data.open_dataset(args.dataset, args.val_split, args.data_root, args.seed)
+    sentences = sum(train_source.count(i) for i in range(len(train_source)))
+    n = sentences if c.every_sentence else len(train_source)
+    per_epoch = n // c.batch_size
+    if per_epoch == 0:
+        raise UserError(f"{args.dataset} train has {n} {'sentences' if c.every_sentence else 'objects'}, fewer than "
+                        f"one batch; --batch-size {n} fits.")
+    if c.batch_size % (args.accumulate * process.world_size):
+        raise UserError(f"--batch-size {c.batch_size} cannot be divided among {process.world_size} processes in "
+                        f"{args.accumulate} parts each; a multiple of {args.accumulate * process.world_size} can.")
+    # model
+    method, device = load_method(args.method), process.device
+    model = common.build(method, c, args.weights, args.seed).to(device)
+    info = describe(args, c, process, model, train_source)
+    features = cache_features(args, model, train_source, info["frozen"], process, stop)
+    process.on_main(lambda: write_config(out, info))
+    net = model
+    if process.world_size > 1:
+        if device.type == "cuda":
+            net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+    # optimizer
+    rates = dict(backbone=c.tower_lr, adapter=c.adapter_lr, head=1.0)
+    groups = [dict(params=[p for p in parameters if p.requires_grad], base=c.lr * rates[name])
+              for name, parameters in common.parameters(model).items()]
+    optimizer = (torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam)(
+        [g for g in groups if g["params"]], lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay, fused=True)
+    amp = info["amp"]
+    run = Run(args, c, process, out, stop, train_source, val_source,
+              data.TrainSet(train_source, model.preprocess, args.seed, c.every_sentence, features),
+              c.steps or c.epochs * per_epoch, per_epoch, model, net, optimizer,
+              torch.amp.GradScaler(device.type, enabled=amp == "fp16"),
+              torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, enabled=amp != "off"),
+              info, Progress())
+    announce(run, sentences)
+    torch.manual_seed(args.seed + process.rank)  # dropout
+    if args.resume:
+        resume(run)
+    return run
+
+
+def describe(args: argparse.Namespace, c: common.TrainConfig, process: Process, model, train_source) -> dict:
+    """What a checkpoint says of its run: all that is needed to build its model anew, and where it came from."""
+    amp = args.amp
+    if amp == "auto":
+        amp = "off" if process.device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    origin = common.origin(args.weights)
+    return dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, seed=args.seed,
+                frozen=common.fingerprint(model), dataset=args.dataset, data_root=args.data_root,
+                val_split=args.val_split, amp=amp, accumulate=args.accumulate, workers=args.workers,
+                processes=process.world_size, device=str(process.device), cache_features=args.cache_features,
+                origin=origin, note=getattr(train_source, "note", ""), leak=leak(args.method, origin, args.dataset),
+                versions=common.versions())
+
+
+def announce(run: Run, sentences: int) -> None:
+    args, process, info = run.args, run.process, run.info
+    process.print(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: {len(run.train_source)} objects, "
+                  f"{sentences} sentences, {run.steps} steps of {run.c.batch_size}, seed {args.seed}, "
+                  f"{process.world_size} x {process.device}, amp {info['amp']}, to {run.out}")
+    for note in args.note, info["note"], info["leak"]:
+        if note:
+            process.print(note)
+    process.print(f"trained: {common.count(run.model, True):,} of {common.count(run.model):,} parameters "
+                  f"(--tune {run.c.tune})")
+
+
+# The loop
+
+
+def train(run: Run) -> int:
+    """Trains to the last step, or until a signal. -> exit status"""
+    args, c, process, progress = run.args, run.c, run.process, run.progress
+    batches = load_batches(run)
+    bar = tqdm(total=run.steps, initial=progress.step, disable=not process.is_main or not sys.stderr.isatty())
+    begin = run.saved_at = since = time.perf_counter()
+    begin, done = begin - progress.seconds, progress.step
+    if run.due(progress.step) and not validated(run) and not validate(run):
+        return leave(run)
+    run.net.train()
+    for step in range(progress.step + 1, run.steps + 1):
+        rate = c.lr * learning_rate(step - 1, run.steps, run.per_epoch, c)
+        for group in run.optimizer.param_groups:
+            group["lr"] = group["base"] * rate / c.lr
+        loss, ids = forward_backward(run, batches)
+        late = process.is_main and time.perf_counter() - run.saved_at > SAVE_MINUTES * 60
+        loss, stopped, late = sum_over_processes(process, loss, float(run.stop.number), float(late))
+        norm = gradient_norm(run)
+        check_finite(run, step, loss, norm, ids)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
+        run.optimizer.zero_grad(set_to_none=True)
+
+        now = time.perf_counter()
+        progress.step, progress.seconds = step, now - begin
+        progress.losses.append(loss)
+        bar.update()
+        if step % args.log_every == 0 or step == run.steps:
+            log_step(run, rate, (step - done) * c.batch_size / (now - since), bar)
+            since, done = now, step
+        due = run.due(step)
+        if due or late or stopped:
+            save_resume(run)
+        if stopped or due and not validate(run):
+            return leave(run)
+        if due or late:
+            since, done = time.perf_counter(), step
+    bar.close()
+    minutes = (time.perf_counter() - begin) / 60
+    process.print(f"best {args.val_split} {MAIN_METRIC[run.model.task]} {run.best} in {minutes:.1f} min. Next:\n"
+                  f"  python evaluate.py --ckpt {run.out} --split all")
+    return 0
+
+
+def learning_rate(step: int, steps: int, per_epoch: int, c: common.TrainConfig) -> float:
     """Factor of the base rate at a step, counted from 0."""
     warm = min(1.0, (step + 1) / c.warmup) if c.warmup else 1.0
     if c.schedule == "cosine":
@@ -97,13 +266,117 @@ def learning_rate(step: int, steps: int, per_epoch: int, c) -> float:
     return warm * 0.1 ** sum(step >= m * per_epoch for m in c.milestones)
 
 
-def micro_batches(n: int, c, seed: int, steps: range, process: Process, accumulate: int) -> Iterator[list]:
+def forward_backward(run: Run, batches: Iterator[dict]) -> tuple[Tensor, list[str]]:
+    """Forward and backward of a step, in parts. -> this process's share of the mean loss, and its objects"""
+    process, parts = run.process, run.args.accumulate
+    total, ids = torch.zeros((), device=process.device), []
+    for part in range(parts):
+        batch = next(batches)
+        ids += batch["id"]
+        images = batch["image"].to(process.device, non_blocking=True)
+        target = batch[run.model.task].to(process.device, non_blocking=True)
+        tokens = run.model.tokenize(batch["sentence"]).to(process.device)
+        last = part == parts - 1 or process.world_size == 1
+        with nullcontext() if last else run.net.no_sync():  # gradients are exchanged once a step
+            with run.autocast:
+                loss = run.model.loss(run.net(images, tokens), target) / parts
+            run.scaler.scale(loss).backward()
+        total += loss.detach()
+    return total / process.world_size, ids
+
+
+def gradient_norm(run: Run) -> Tensor:
+    """The norm of the whole gradient, before it is clipped to c.clip_norm."""
+    run.scaler.unscale_(run.optimizer)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    if run.c.clip_norm:
+        return torch.nn.utils.clip_grad_norm_(trained, run.c.clip_norm)
+    return torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+
+
+def check_finite(run: Run, step: int, loss: float, norm: Tensor, ids: list[str]) -> None:
+    # fp16's scaler looks for itself, and skips a step whose gradients are not finite
+    if math.isfinite(loss) and (run.scaler.is_enabled() or norm.isfinite()):
+        return
+    what = f"the gradient's norm is {norm.item()}" if math.isfinite(loss) else f"the loss is {loss}"
+    ids = [i for part in run.process.gather(ids) for i in part]
+    raise UserError(f"{what} at step {step}, so the run stops before it spoils the weights; its batch: "
+                    f"{', '.join(ids)}. A lower --lr or --amp off may help; what was saved in {run.out} is untouched.")
+
+
+def sum_over_processes(process: Process, *values) -> list[float]:
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=process.device) for v in values])
+    if process.world_size > 1:
+        dist.all_reduce(total)
+    return total.tolist()
+
+
+def validate(run: Run) -> bool:
+    """Measures the model on val, keeps it where it is the best so far; False where a signal came before the end."""
+    process, metric = run.process, MAIN_METRIC[run.model.task]
+    if process.world_size > 1:  # without SyncBatchNorm (gloo) each process has statistics of its own
+        for buffer in run.model.buffers():
+            dist.broadcast(buffer, 0)
+    # a trial of a few steps is not worth a long validation: no more sentences than the run learns from
+    most, share = run.steps * run.c.batch_size, run.c.batch_size // run.args.accumulate // process.world_size
+    workers = 0 if run.args.dataset in data.SHAPE_SETS else run.args.workers  # drawing is faster than starting one
+    with run.autocast:
+        val = evaluate_split(run.model, run.val_source, process, share, workers, most=most, stop=run.stop)
+    if not val:
+        return False
+    process.print(f"step {run.progress.step}  {run.args.val_split}  " + "  ".join(f"{k} {v}" for k, v in val.items()))
+    if val[metric] > run.best:
+        run.best = val[metric]
+        process.on_main(lambda: save_best(run, val))
+    # last, as --resume takes a validation that is in the log for done
+    write_log(run, epoch=round(run.progress.step / run.per_epoch, 3), val=val)
+    process.on_main(lambda: draw_pictures(run, most))
+    return True
+
+
+def draw_pictures(run: Run, most: int) -> None:
+    """What a glance at the run folder tells: its curves, and the same few expressions of val every time."""
+    was_training = run.model.training
+    run.model.eval()
+    try:
+        with run.autocast:
+            draw_examples(run.out / "samples.png", run.model, run.val_source, 12, most=most)
+        draw.draw_curves(run.out / "log.jsonl", MAIN_METRIC[run.model.task], run.out / "curves.png")
+    except (UserError, OSError, ImportError) as e:  # no reason to stop a run
+        run.process.print(f"no pictures of this validation: {e}")
+    run.model.train(was_training)
+
+
+def leave(run: Run) -> int:
+    """After a signal, with resume.pt saved. -> exit status"""
+    if run.best < 0:
+        run.process.on_main(lambda: save_best(run, {}))
+    run.process.print(f"stopped at step {run.progress.step} and saved; the same command with --resume continues.")
+    return 128 + (run.stop.number or signal.SIGTERM)
+
+
+# Batches
+
+
+def load_batches(run: Run) -> Iterator[dict]:
+    """The batches of this process from the next step on, a batch for each part of a step."""
+    cuda, features = run.process.device.type == "cuda", run.items.features
+    return iter(DataLoader(
+        run.items, num_workers=0 if features else run.args.workers, collate_fn=data.collate,
+        batch_sampler=micro_batches(len(run.items), run.c, run.args.seed, range(run.progress.step, run.steps),
+                                    run.process, run.args.accumulate),
+        worker_init_fn=ignore_signals, pin_memory=cuda,
+        generator=torch.Generator()))  # so that it draws nothing from the one that dropout draws from
+
+
+def micro_batches(n: int, c: common.TrainConfig, seed: int, steps: range, process: Process,
+                  accumulate: int) -> Iterator[list]:
     """Indices (epoch, object) of this process, one list for each part of each step.
 
-    An epoch's order depends on (seed, epoch) alone, and the processes share out the same global batch, so neither
-    their number nor an interruption changes what a step learns from. The last, smaller batch is dropped.
+    An epoch's order depends on (seed, epoch) alone, and the processes share the same global batch, so neither their
+    number nor an interruption changes what a step learns from. The last, smaller batch is dropped.
     """
-    per_epoch, size = n // c.batch_size, c.batch_size // (accumulate * process.world)
+    per_epoch, size = n // c.batch_size, c.batch_size // (accumulate * process.world_size)
     epoch = -1
     for step in steps:
         if step // per_epoch != epoch:
@@ -111,29 +384,48 @@ def micro_batches(n: int, c, seed: int, steps: range, process: Process, accumula
             order = np.random.default_rng([seed, epoch]).permutation(n)
         first = step % per_epoch * c.batch_size
         for part in range(accumulate):
-            begin = first + (part * process.world + process.rank) * size
+            begin = first + (part * process.world_size + process.rank) * size
             yield [(epoch, int(i)) for i in order[begin:begin + size]]
 
 
-def quiet_worker(_: int) -> None:
+def ignore_signals(_: int) -> None:
     for s in signal.SIGINT, signal.SIGTERM:  # they reach the workers too, but the process that trains decides
         signal.signal(s, signal.SIG_IGN)
 
 
+# The run folder
+
+
 def find_run(args: argparse.Namespace) -> Path:
     """The run folder to make or to resume: without --out the next one of its kind, or the last."""
-    out, base = Path(args.out or f"runs/{args.method}-{args.dataset}"), 2
+    out, n = Path(args.out or f"runs/{args.method}-{args.dataset}"), 2
     while args.out is None and (out / "config.json").exists():
-        following = Path(f"runs/{args.method}-{args.dataset}-{base}")
+        following = Path(f"runs/{args.method}-{args.dataset}-{n}")
         if args.resume and not (following / "config.json").exists():
             break  # the last one
-        out, base = following, base + 1
+        out, n = following, n + 1
     return out
 
 
-def lock(out: Path, resume: bool = False):
-    """The run folder for this command alone, as long as it runs; what an earlier one was killed over is removed. Raises
-    UserError where another has it, or, without `resume`, where it holds a run. -> a file that must stay open"""
+@contextmanager
+def locked(out: Path, resume: bool, process: Process) -> Iterator[None]:
+    """Keeps the run folder for this command alone. A command that is refused leaves no folder behind."""
+    files = []
+    try:
+        process.on_main(lambda: files.append(lock(out, resume)))
+        yield
+    finally:
+        for file in files:
+            with suppress(OSError):
+                if os.listdir(out) == [".lock"]:
+                    os.remove(out / ".lock")
+                    out.rmdir()
+            file.close()
+
+
+def lock(out: Path, resume: bool):
+    """-> a file that must stay open. Raises UserError where another command has the folder, or, without `resume`, where
+    it holds a run. Temporary files of a command that was killed are removed."""
     import fcntl
 
     try:
@@ -157,68 +449,140 @@ def lock(out: Path, resume: bool = False):
     return file
 
 
-def open_run(args: argparse.Namespace, out: Path, settings: dict) -> None:
-    """Writes what the run is, or compares it with what the run to resume was."""
-    config = out / "config.json"
-    if not config.exists():
-        common.write_json(config, settings)
-    else:
-        names = "dataset", "weights", "seed", "val_split"
+def write_config(out: Path, info: dict) -> None:
+    """Writes what the run is. Raises UserError where the run to resume was started with something else."""
+    path, names = out / "config.json", ("dataset", "weights", "seed", "val_split")
+    if not path.exists():
+        common.write_json(path, info)
+        return
+    try:
+        before = json.loads(path.read_text())
+        was = before["config"] | {k: before[k] for k in names}
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"--resume: {path} cannot be read ({e!r}).") from None
+    now = json.loads(json.dumps(info["config"] | {k: info[k] for k in names}))
+    changed = [k for k in now if k in was and now[k] != was[k]]
+    if changed:
+        raise UserError(f"--resume: {out} was started with {changed[0]} = {was[changed[0]]}, not {now[changed[0]]}; "
+                        "give the same flags, or start another run with another --out.")
+
+
+def write_log(run: Run, **entry) -> None:
+    if run.process.is_main:
         try:
-            before = json.loads(config.read_text())
-            was = before["config"] | {k: before[k] for k in names}
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise UserError(f"--resume: {config} cannot be read ({e!r}).") from None
-        same = json.loads(json.dumps(settings))
-        fixed = same["config"] | {k: same[k] for k in names}
-        changed = [k for k in fixed if k in was and fixed[k] != was[k]]
-        if changed:
-            raise UserError(f"--resume: {out} was started with {changed[0]} = {was[changed[0]]}, not "
-                            f"{fixed[changed[0]]}; give the same flags, or start another run with another --out.")
+            with open(run.out / "log.jsonl", "a") as f:
+                f.write(json.dumps(dict(step=run.progress.step) | entry) + "\n")
+        except OSError as e:
+            raise UserError(f"{run.out / 'log.jsonl'} cannot be written: {e.strerror}.") from None
 
 
-def keep_log(path: Path, last: int, validated: bool) -> None:
-    """Leaves the lines up to a step, its validation only if that is done with. The last line may be half a line, or the
-    file not begun."""
-    lines = []
+def log_step(run: Run, rate: float, images_per_s: float, bar: tqdm) -> None:
+    p = run.progress
+    loss, peak = round(sum(p.losses) / len(p.losses), 6), round(peak_memory(run.process.device), 2)
+    p.losses = []
+    write_log(run, loss=loss, lr=rate, images_per_s=round(images_per_s, 1), peak_gib=peak, seconds=round(p.seconds, 1))
+    minutes = (run.steps - p.step) * run.c.batch_size / images_per_s / 60
+    if bar.disable:
+        run.process.print(f"step {p.step}/{run.steps}  loss {loss:.4f}  lr {rate:.2e}  {images_per_s:.0f} images/s  "
+                          f"ETA {minutes:.1f} min  peak {peak:.2f} GiB")
+    else:
+        bar.set_postfix_str(f"loss {loss:.4f} peak {peak:.2f} GiB")
+
+
+def peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def read_log(path: Path, last: int) -> list[dict]:
+    """The entries up to a step. The last line of the file may be half a line, or the file not there yet."""
+    entries = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
-            if entry["step"] < last or entry["step"] == last and (validated or "val" not in entry):
-                lines.append(line + "\n")
+            if entry["step"] <= last:
+                entries.append(entry)
         except (ValueError, KeyError, TypeError):
             break
-    with common.writing(path) as temporary:
-        temporary.write_text("".join(lines))
+    return entries
 
 
-def cache_features(args: argparse.Namespace, model, source, frozen: str, process: Process,
-                   stop: common.StopSignal) -> data.FeatureCache | None:
-    """What --cache-features asks for. Raises UserError where features are not frozen, or pictures change."""
-    if not args.cache_features:
-        return None
-    wrong = "that method reads pictures together with the sentence" if not hasattr(model, "image_features") else \
-        "features change while their encoder is trained or has adapters inside" if not model.features_key else \
-        "pictures change from epoch to epoch; --no-augment leaves them as they are" if model.preprocess.augment else \
-        "it is for one process" if process.world > 1 else ""
-    if wrong:
-        raise UserError(f"--cache-features: {wrong}.")
+def validated(run: Run) -> bool:
+    return any("val" in e and e["step"] == run.progress.step for e in read_log(run.out / "log.jsonl", run.progress.step))
 
-    @torch.no_grad()
-    def encode(image: torch.Tensor):
-        if stop.number:  # nothing is trained yet that could be lost
-            raise KeyboardInterrupt
-        return model.eval().image_features(image.to(process.device))
 
-    folder = None if args.cache_features == "memory" else args.cache_features
-    towers = f"{frozen} {model.features_key}"
-    return data.FeatureCache(source, model.preprocess, encode, folder, towers, process.say)
+def save_best(run: Run, val: dict) -> None:
+    step = run.progress.step
+    common.save_model(run.out / "model.safetensors", run.model, run.info | dict(step=step, val=val))
+    if val:
+        about = dict(step=step, dataset=run.args.dataset, split=run.args.val_split)
+        about |= dict(leak=run.info["leak"]) if run.info["leak"] else {}
+        common.write_json(run.out / "metrics.json", about | val)
+
+
+# Saving and resuming
+
+RESUMED = {"model", "optimizer", "scaler", "rng", "progress", "identity"}
+
+
+def identity(run: Run) -> str:
+    """What must be the same for a run to be continued."""
+    return json.dumps([run.info[k] for k in ("config", "dataset", "weights", "seed", "frozen")])
+
+
+def save_resume(run: Run) -> None:
+    """Before a validation, which --resume then repeats unless it is in the log."""
+    device = run.process.device
+    rng = run.process.gather([torch.get_rng_state()] + (
+        [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
+
+    def write() -> None:
+        with common.writing(run.out / "resume.pt") as temporary, open(temporary, "wb") as f:
+            torch.save(dict(model=common.trained_state(run.model), optimizer=run.optimizer.state_dict(),
+                            scaler=run.scaler.state_dict(), rng=rng, progress=dataclasses.asdict(run.progress),
+                            identity=identity(run)), f)
+
+    run.process.on_main(write)
+    run.saved_at = time.perf_counter()
+
+
+def resume(run: Run) -> None:
+    """Puts the run back to where it was saved."""
+    path, log, process = run.out / "resume.pt", run.out / "log.jsonl", run.process
+    if process.on_main(lambda: nothing_saved(run.out)):
+        process.print(f"--resume: nothing is saved in {run.out} yet, so the run begins at its first step")
+    else:
+        saved = load_resume(path, identity(run))
+        common.load_trained(run.model, saved["model"], str(path))
+        try:
+            run.optimizer.load_state_dict(saved["optimizer"])
+            run.scaler.load_state_dict(saved["scaler"])
+            run.progress = Progress(**saved["progress"])
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+            raise UserError(f"{path} does not fit this run: {common.first_line(e)}.") from None
+        if process.rank < len(saved["rng"]):
+            torch.set_rng_state(saved["rng"][process.rank][0])
+            if process.device.type == "cuda":
+                torch.cuda.set_rng_state(saved["rng"][process.rank][1], process.device)
+        process.print(f"resumed at step {run.progress.step}")
+    entries = process.on_main(lambda: read_log(log, run.progress.step))
+    run.best = max((e["val"][MAIN_METRIC[run.model.task]] for e in entries if "val" in e), default=-1.0)
+
+    def keep_entries() -> None:  # those after the saved step will come again
+        with common.writing(log) as temporary:
+            temporary.write_text("".join(json.dumps(e) + "\n" for e in entries))
+
+    process.on_main(keep_entries)
 
 
 def nothing_saved(out: Path) -> bool:
     """Whether a run was stopped before it saved anything. Raises UserError where its resume.pt is lost."""
     if not (out / "resume.pt").exists() and (out / "model.safetensors").exists():
-        raise UserError(f"--resume: {out} holds a model but no resume.pt to go on from; another run may take its "
+        raise UserError(f"--resume: {out} holds a model but no resume.pt to continue from; another run may take its "
                         f"towers by --weights {out}.")
     return not (out / "resume.pt").exists()
 
@@ -242,300 +606,24 @@ def load_resume(path: Path, identity: str | None = None) -> dict:
     return saved
 
 
-SAVE_MINUTES = 10  # between two savings, where validations are further apart
-RESUMED = {"model", "optimizer", "scaler", "step", "best", "rng", "interval", "seconds", "validate", "identity"}
-
-
 @contextmanager
-def explained(args: argparse.Namespace, batch_size: int, process: Process, reading: list[str]):
-    """Says in a sentence what stops a run: too little memory for a batch, or a death among the processes that read.
-    `reading`: the objects of the last batch that was wanted."""
+def in_a_sentence(args: argparse.Namespace, c: common.TrainConfig, process: Process) -> Iterator[None]:
+    """Raises UserError for what stops a run: too little memory for a batch, or the death of a process that reads."""
     try:
         yield
     except (RuntimeError, MemoryError) as e:
         why = common.first_line(e)
-        if why.startswith("DataLoader worker"):  # the signal of its death comes wherever this process is
-            raise UserError(f"{why} It was reading this batch or one soon after it, or for a validation: "
-                            f"{', '.join(reading)}. --workers 0 reads in the process that trains, and shows what is "
-                            "wrong.") from None
+        if why.startswith("DataLoader worker"):
+            raise UserError(f"{why} --workers 0 reads in the process that trains, and shows what is wrong.") from None
         if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(
-                said in str(e) for said in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
-            n, parts = batch_size // args.accumulate // process.world, args.accumulate + 1
-            while parts < batch_size and batch_size % (parts * process.world):
+                text in str(e) for text in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
+            n, parts = c.batch_size // args.accumulate // process.world_size, args.accumulate + 1
+            while parts < c.batch_size and c.batch_size % (parts * process.world_size):
                 parts += 1
             less = (f"--accumulate {parts} computes the same batch in smaller parts" if n > 1 else
                     "a smaller --image-size or backbone may do")
-            more = f" ({n * process.world} in validation)" if process.world > 1 else ""
-            raise UserError(f"memory is not enough for {n} pictures at a time in each process{more}: {less} ({why})."
-                            ) from None
+            raise UserError(f"memory is not enough for {n} pictures at a time in each process: {less} ({why}).") from None
         raise
-
-
-def rng_state(device: torch.device) -> list:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB: of the GPU, or resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def main(argv: list[str] | None = None) -> int:
-    args, c = parse(argv)
-    process = common.start(tiny=args.backbone.startswith("tiny"), device=args.device)
-    stop = common.StopSignal()
-    out, locks = process.first_alone(lambda: find_run(args)), []
-    try:
-        process.first_alone(lambda: locks.append(lock(out, args.resume)))
-        reading: list[str] = []
-        with explained(args, c.batch_size, process, reading):
-            return learn(args, c, process, out, stop, reading)
-    finally:
-        for file in locks:
-            with suppress(OSError):  # a command that was refused leaves no folder behind
-                if os.listdir(out) == [".lock"]:
-                    os.remove(out / ".lock")
-                    out.rmdir()
-            file.close()
-
-
-def learn(args: argparse.Namespace, c, process: Process, out: Path, stop: common.StopSignal, reading: list[str]) -> int:
-    """The run, from its data to its last step; `reading` says where it is (see explained). -> exit status"""
-    device, method = process.device, load_method(args.method)
-
-    # data
-    train_source = data.open_dataset(args.dataset, "train", args.data_root, args.seed)
-    val_source = data.open_dataset(args.dataset, args.val_split, args.data_root, args.seed)
-    sentences = sum(train_source.count(i) for i in range(len(train_source)))
-    n = sentences if c.every_sentence else len(train_source)
-    per_epoch = n // c.batch_size
-    if per_epoch == 0:
-        raise UserError(f"{args.dataset} train has {n} {'sentences' if c.every_sentence else 'objects'}, fewer than "
-                        f"one batch; --batch-size {n} fits.")
-    if c.batch_size % (args.accumulate * process.world):
-        raise UserError(f"--batch-size {c.batch_size} cannot be shared out to {process.world} processes in "
-                        f"{args.accumulate} parts each; a multiple of {args.accumulate * process.world} can.")
-    steps = c.steps or c.epochs * per_epoch
-    val_every = c.val_every or per_epoch
-    val_workers = 0 if args.dataset in data.SHAPE_SETS else args.workers  # drawing shapes is faster than starting one
-
-    # model
-    amp = args.amp if args.amp != "auto" else "off" if device.type == "cpu" else (
-        "bf16" if torch.cuda.is_bf16_supported() else "fp16")
-    model = common.build(method, c, args.weights, args.seed).to(device)
-    frozen = common.fingerprint(model)
-    info = dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, frozen=frozen, seed=args.seed,
-                dataset=args.dataset, data_root=args.data_root, val_split=args.val_split, amp=amp,
-                accumulate=args.accumulate, workers=args.workers, processes=process.world, device=str(device),
-                cache_features=args.cache_features, origin=common.origin(args.weights),
-                note=getattr(train_source, "note", ""),
-                leak=common.leak(method, common.origin(args.weights), args.dataset),
-                versions=common.versions())
-    features = cache_features(args, model, train_source, frozen, process, stop)
-    process.first_alone(lambda: open_run(args, out, info))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    rates = dict(backbone=c.tower_lr, adapter=getattr(c, "adapter_lr", 1.0), head=1.0)
-    groups = [dict(params=[p for p in parameters if p.requires_grad], base=c.lr * rates[name])
-              for name, parameters in common.parameters(model).items()]
-    adam = torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam
-    optimizer = adam([g for g in groups if g["params"]], lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay,
-                     fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-    autocast = torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, enabled=amp != "off")
-
-    process.say(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: {len(train_source)} objects, "
-                f"{sentences} sentences, {steps} steps of {c.batch_size}, seed {args.seed}, "
-                f"{process.world} x {device}, amp {amp}, to {out}")
-    if args.tune_said:
-        process.say("the tiny towers are random, so nothing is worth freezing yet: --tune full, everything is trained")
-    for said in info["note"], info["leak"]:
-        if said:
-            process.say(said)
-    process.say(f"trained: {common.count(model, True):,} of {common.count(model):,} parameters (--tune {c.tune})")
-
-    # resume
-    first, best, seconds, interval, saved = 0, -1.0, 0.0, [], None
-    identity = json.dumps([info[k] for k in ("config", "dataset", "weights", "seed", "frozen")])
-    if args.resume and process.first_alone(lambda: nothing_saved(out)):
-        process.say(f"--resume: nothing is saved in {out} yet, so the run begins at its first step")
-        process.first_alone(lambda: keep_log(out / "log.jsonl", 0, True))
-    elif args.resume:
-        saved = process.everywhere(lambda: load_resume(out / "resume.pt", identity))
-        common.load_trained(model, saved["model"], str(out / "resume.pt"))
-        try:
-            optimizer.load_state_dict(saved["optimizer"])
-            scaler.load_state_dict(saved["scaler"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-            raise UserError(f"{out / 'resume.pt'} does not fit this run: {common.first_line(e)}.") from None
-        first, best, seconds, interval = (saved[k] for k in ("step", "best", "seconds", "interval"))
-        process.say(f"resumed at step {first}")
-        # lines after the saved step will come again
-        process.first_alone(lambda: keep_log(out / "log.jsonl", first, not saved["validate"]))
-
-    net = model
-    if process.world > 1:
-        if device.type == "cuda":
-            net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
-        net = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
-    items = data.TrainSet(train_source, model.preprocess, args.seed, c.every_sentence, features)
-    coming, ahead = (micro_batches(n, c, args.seed, range(first, steps), process, args.accumulate) for _ in range(2))
-    loader = iter(DataLoader(
-        items, num_workers=0 if features else args.workers, collate_fn=data.collate, batch_sampler=ahead,
-        worker_init_fn=quiet_worker, pin_memory=device.type == "cuda"))
-    torch.manual_seed(args.seed + process.rank)  # dropout
-    if saved and process.rank < len(saved["rng"]):
-        torch.set_rng_state(saved["rng"][process.rank][0])
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(saved["rng"][process.rank][1], device)
-
-    def log(**entry) -> None:
-        if process.rank == 0:
-            try:
-                with open(out / "log.jsonl", "a") as f:
-                    f.write(json.dumps(entry) + "\n")
-            except OSError as e:
-                raise UserError(f"{out / 'log.jsonl'} cannot be written: {e.strerror}.") from None
-
-    def save_best() -> None:
-        common.save_model(out / "model.safetensors", model, info | dict(step=step, val=val))
-        if val:
-            about = dict(step=step, dataset=args.dataset, split=args.val_split)
-            about |= dict(leak=info["leak"]) if info["leak"] else {}
-            common.write_json(out / "metrics.json", about | val)
-
-    def save_resume(validate: bool = False) -> None:
-        """`validate`: whether the validation of this step is still to come."""
-        nonlocal saved_at
-        rng = process.gather(rng_state(device))
-
-        def write() -> None:
-            state = dict(model=common.trained_state(model), optimizer=optimizer.state_dict(), identity=identity,
-                         scaler=scaler.state_dict(), step=step, best=best, rng=rng, validate=validate,
-                         interval=interval, seconds=seconds + time.perf_counter() - begin)
-            with common.writing(out / "resume.pt") as temporary, open(temporary, "wb") as f:
-                torch.save(state, f)
-
-        process.first_alone(write)
-        saved_at = time.perf_counter()
-
-    def validate() -> bool:
-        """Measures the model and keeps it where it is the best so far; False where a signal came before the end."""
-        nonlocal best, val
-        if process.world > 1:  # without SyncBatchNorm (gloo) each process has statistics of its own
-            for buffer in model.buffers():
-                dist.broadcast(buffer, 0)
-        # a trial of a few steps is not worth a long validation: no more sentences than the run learns from
-        val = evaluate_split(model, val_source, process, c.batch_size // args.accumulate, val_workers,
-                             most=steps * c.batch_size, stop=stop)
-        if not val:
-            return False
-        log(step=step, epoch=round(step / per_epoch, 3), val=val)
-        if not bar.disable:
-            bar.clear()
-        process.say(f"step {step}  {args.val_split}  " + "  ".join(f"{k} {v}" for k, v in val.items()))
-        if val[MAIN_METRIC[model.task]] > best:
-            best = val[MAIN_METRIC[model.task]]
-            process.first_alone(save_best)
-        process.first_alone(draw_pictures)
-        return True
-
-    def draw_pictures() -> None:
-        """What a glance at the run folder tells: its curves, and the same few expressions of val every time."""
-        was_training = model.training
-        model.eval()
-        try:
-            draw_examples(out / "samples.png", model, val_source, 12, most=steps * c.batch_size)
-            draw.draw_curves(out / "log.jsonl", MAIN_METRIC[model.task], out / "curves.png")
-        except (UserError, OSError, ImportError) as e:  # no reason to stop a run
-            process.say(f"no pictures of this validation: {e}")
-        model.train(was_training)
-
-    def leave(pending: bool) -> int:
-        save_resume(pending)
-        if best < 0:
-            process.first_alone(save_best)
-        process.say(f"stopped at step {step} and saved; the same command with --resume goes on from there.")
-        return 128 + (stop.number or signal.SIGTERM)
-
-    # train
-    bar = tqdm(total=steps, initial=first, disable=process.rank > 0 or not sys.stderr.isatty())
-    begin = since = saved_at = time.perf_counter()
-    step, val, done = first, {}, first
-    if saved and saved["validate"]:
-        if not validate():
-            return leave(pending=True)
-        save_resume()
-    net.train()
-    for step in range(first + 1, steps + 1):
-        factor = learning_rate(step - 1, steps, per_epoch, c)
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * factor
-        total, ids = torch.zeros((), device=device), []
-        for part in range(args.accumulate):
-            reading[:] = [train_source.describe(items.pairs[k][0]) for _, k in next(coming)]
-            batch = next(loader)
-            ids += batch["id"]
-            images = batch["image"].to(device, non_blocking=True)
-            target = batch[model.task].to(device, non_blocking=True)
-            tokens = model.tokenize(batch["sentence"]).to(device)
-            sync = part == args.accumulate - 1 or process.world == 1
-            with nullcontext() if sync else net.no_sync():
-                with autocast:
-                    loss = model.loss(net(images, tokens), target) / args.accumulate
-                scaler.scale(loss).backward()
-            total += loss.detach()
-        late = process.rank == 0 and time.perf_counter() - saved_at > SAVE_MINUTES * 60
-        status = torch.stack([total / process.world, total.new_tensor(float(stop.number)), total.new_tensor(late)])
-        if process.world > 1:
-            dist.all_reduce(status)
-        loss_value, stopped, late = status.tolist()
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(trained, c.clip_norm) if c.clip_norm else \
-            torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
-        # fp16's scaler looks for itself, and leaves out a step whose gradients are none
-        if not math.isfinite(loss_value) or not scaler.is_enabled() and not norm.isfinite():
-            ids = [i for part in process.gather(ids) for i in part]
-            what = f"the loss is {loss_value}" if not math.isfinite(loss_value) else \
-                f"the gradient's norm is {norm.item()}"
-            raise UserError(
-                f"{what} at step {step}, so the run stops before it spoils the weights; its batch: {', '.join(ids)}. A "
-                f"lower --lr or --amp off may help; what was saved in {out} is untouched.")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        interval.append(loss_value)
-
-        bar.update()
-        if step % args.log_every == 0 or step == steps:
-            now = time.perf_counter()
-            rate = (step - done) * c.batch_size / (now - since)
-            entry = dict(step=step, loss=round(sum(interval) / len(interval), 6), lr=c.lr * factor,
-                         images_per_s=round(rate, 1), peak_gib=round(peak_memory(device), 2),
-                         seconds=round(seconds + now - begin, 1))
-            log(**entry)
-            eta = (steps - step) * c.batch_size / rate
-            line = (f"step {step}/{steps}  loss {entry['loss']:.4f}  lr {entry['lr']:.2e}  {rate:.0f} images/s  "
-                    f"ETA {eta / 60:.1f} min  peak {entry['peak_gib']:.2f} GiB")
-            bar.set_postfix_str(f"loss {entry['loss']:.4f} peak {entry['peak_gib']:.2f} GiB") if not bar.disable \
-                else process.say(line)
-            interval, since, done = [], now, step
-        due = step % val_every == 0 or step == steps
-        if stopped:
-            return leave(pending=due)
-        if due:
-            save_resume(validate=True)
-            if not validate():
-                return leave(pending=True)
-        if due or late:
-            save_resume()
-            since, done = saved_at, step
-    bar.close()
-    minutes = (seconds + time.perf_counter() - begin) / 60
-    process.say(f"best {args.val_split} {MAIN_METRIC[model.task]} {best} in {minutes:.1f} min. Next:\n"
-                f"  python evaluate.py --ckpt {out} --split all")
-    return 0
 
 
 if __name__ == "__main__":

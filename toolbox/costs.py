@@ -1,74 +1,22 @@
-"""What the papers' tables count: parameters, FLOPs, bytes, seconds, for `evaluate.py --efficiency` and `--tables`.
+"""What the methods cost: parameters, FLOPs, bytes, seconds.
 
-A method's TABLES (common.Row) say how to build each row; nothing in here is measured on data.
+    python -m toolbox.costs --method M [--backbone B] [--tune T] [any setting] [--vary tune,...] [--time] [--json FILE]
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
+import sys
 import time
-from functools import lru_cache
+import typing
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 import common
-from common import Process, Row, Table, count, parameters, trained_state
+from common import METHODS, Parser, Process, UserError, count, one_of, parameters, run_command, trained_state
 
-
-def sizes(model: nn.Module) -> dict[str, int]:
-    """What the papers' tables print of a model: `tuned`, all that is trained but the head's; `head`, the head as it is;
-    their `total`; and each part under its own name, such as `decoder`."""
-    parts = parameters(model)
-    head, trained = count(model.parts()["head"]), sum(p.numel() for p in parts["head"] if p.requires_grad)
-    tuned = count(model, trainable=True) - trained
-    return {name: count(m) for name, m in model.named_children()} | dict(
-        tuned=tuned, head=head, total=tuned + head, backbone=sum(p.numel() for p in parts["backbone"]))
-
-
-def printed(method, c) -> dict:
-    """The sizes that the paper's tables print of a configuration, with these tables and the first note; {} for none."""
-    found, tables, notes = {}, [], []
-    for number, table in method.TABLES.items():
-        for row in table.rows:
-            if row.printed and row.flags.get("method", method.__name__) == method.__name__ and \
-                    row_config(method, row, table)[0] == c:
-                memory = {k: v for k, v in zip(table.columns, row.quoted) if k.startswith("GB")}
-                found = row.printed | memory | found
-                tables.append(number)
-                notes += [row.note] if row.note else []
-    return dict(tables=list(dict.fromkeys(tables))) | found | (dict(note=notes[0]) if notes else {}) if found else {}
-
-
-def row_config(method, row: Row, table: Table) -> tuple:
-    """(its Config, its data set)"""
-    flags = dict(row.flags)
-    flags.pop("method", None)
-    names = [flags.pop(k, default) for k, default in (("backbone", next(iter(method.BACKBONES))),
-                                                      ("variant", method.VARIANTS[0]), ("dataset", table.dataset))]
-    return method.config(*names, **flags), names[2]
-
-
-def train_command(method: str, row: Row, table: Table) -> str:
-    """What trains a row."""
-    flags = dict(method=method, dataset=table.dataset, data_root="DATA") | row.flags
-    words = ["python", "train.py"]
-    for name, value in flags.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return shlex.join(words)
-
-
-def agrees(size: float, printed: str) -> bool:
-    """Whether a size, rounded as the paper has it (1.94M, 4.10K, 0.30%, 50), is what the paper prints."""
-    number = printed.rstrip("MK%")
-    size /= dict(M=1e6, K=1e3).get(printed[-1], 1)
-    return f"{size:.{len(number.partition('.')[2])}f}" == number
 
 
 def saved_bytes(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor) -> int:
@@ -184,10 +132,9 @@ def times(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor, n: i
     return medians | (dict(cuda_peak_mib=round(torch.cuda.max_memory_allocated() / 2**20)) if cuda else {})
 
 
-# What the commands print
-
-
 def show_efficiency(args: argparse.Namespace, process: Process) -> None:
+    from toolbox.tables import printed  # which counts with this module
+
     rows = []
     for name in [args.method] if args.method else common.METHODS:
         method = common.load_method(name)
@@ -197,13 +144,13 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
             names, same = (backbone, args.variant or method.VARIANTS[0], "refcoco"), []
             for flags in varied(args, method, names):
                 c = method.config(*names, **flags)
-                process.say(f"building {name} {backbone} (--tune {c.tune}) with random weights ...")
+                process.print(f"building {name} {backbone} (--tune {c.tune}) with random weights ...")
                 model = common.build(method, c, "random", 0).to(process.device)
                 about = dict(method=name, backbone=backbone, variant=c.variant, tune=c.tune)
                 about |= {k: getattr(c, k) for k in args.vary} | dict(image_size=model.preprocess.size)
                 same.append(about | efficiency(model, args.time) | dict(paper=printed(method, c)))
             rows += beside_full(same)
-    if process.rank == 0:
+    if process.is_main:
         if args.json != "-":
             for key in dict.fromkeys((row["method"], row["backbone"]) for row in rows):
                 print_efficiency([row for row in rows if (row["method"], row["backbone"]) == key])
@@ -243,68 +190,60 @@ def part_line(name: str, part: dict) -> str:
     return f"{name} {' with '.join(said)}"
 
 
-def show_tables(args: argparse.Namespace, process: Process) -> None:
-    """Every row of the papers' tables that describes a configuration."""
-    rows = [row for name in ([args.method] if args.method else common.METHODS) for row in table_rows(name)]
-    if process.rank == 0:
-        if args.json != "-":
-            for key in dict.fromkeys((row["method"], row["table"]) for row in rows):
-                print_rows([row for row in rows if (row["method"], row["table"]) == key])
-            print("Our sizes are exact for the command; a * has a note. The figures behind them are the papers', "
-                  "measured by their authors; columns with + or g are of --dataset refcoco+ and refcocog_umd or "
-                  "refcocog_google. For DATA see the README.")
-        common.write_result(args.json, rows)
-
-
-@lru_cache(maxsize=None)
-def row_sizes(name: str, c) -> dict[str, float]:
-    """sizes of a configuration, built on the meta device; `percent` of the towers that is tuned, and for
-    Shared-RIS, whose tables have them, multiply-adds."""
-    with torch.device("meta"):
-        model = common.load_method(name).Model(c, "random")
-    found = sizes(model)
-    found["percent"] = 100 * found["tuned"] / found["backbone"]
-    if name == "shared_ris":
-        found |= {f"{part}_gmacs": n / 2 for part, n in forward_gflops(model).items()}
-    return found
-
-
-def table_rows(paper: str) -> list[dict]:
-    """The rows of a paper's tables."""
-    out = []
-    for number, table in common.load_method(paper).TABLES.items():
-        for row in table.rows:
-            name = row.flags.get("method", paper)
-            ours = row_sizes(name, row_config(common.load_method(name), row, table)[0])
-            match = all(agrees(ours[k], p) for k, p in row.printed.items()) if row.printed else None
-            out.append(dict(method=paper, table=number, row=row.name, command=train_command(paper, row, table),
-                            ours={k: round(ours[k], 2) for k in row.printed or ("tuned", "head")}, printed=row.printed,
-                            match=match, note=row.note, quoted=dict(zip(table.columns, row.quoted))))
-    return out
-
-
-def print_rows(rows: list[dict]) -> None:
-    """A table, for people: the sizes, the figures that the paper quotes, the command; notes below."""
-    print(f"{rows[0]['method']}, Table {rows[0]['table']}")
-    shown = []
-    for row in rows:
-        ours = ", ".join(f"{k} {n:,}" for k, n in row["ours"].items())
-        theirs = ", ".join(row["printed"].values()) or "-"
-        same = "" if not row["printed"] else "=" if row["match"] else "differs"
-        shown.append({"row": row["row"], "ours": ours, "printed": theirs, "": same + "*" * bool(row["note"])}
-                     | {k: "" if v is None else f"{v:.2f}" for k, v in row["quoted"].items()}
-                     | {"command": row["command"]})
-    common.print_table(shown, left=("row", "command"))
-    for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
-        print("  * " + ", ".join(row["row"] for row in rows if row["note"] == note) + ": " + note)
-    print()
-
-
 def varied(args: argparse.Namespace, method, names: tuple[str, str, str]) -> list[dict]:
     """The flags of a configuration, and with --vary also those of one for each other value of these settings."""
     flags = common.config_flags(args, method.Config) | dict(tune=args.tune or method.TUNES[0])
     out = [flags]
     for name in args.vary:
-        values = [t for t in method.TUNES if "+" not in t] if name == "tune" else common.choices(method.Config, name)
+        values = [t for t in method.TUNES if "+" not in t] if name == "tune" else choices(method.Config, name)
         out += [flags | {name: v} for v in values if v != getattr(method.config(*names, **flags), name)]
     return out
+
+
+def choices(config_class: type, name: str) -> tuple:
+    """The values of a field that has a few. Raises UserError for any other."""
+    kind = typing.get_type_hints(config_class).get(name)
+    if typing.get_origin(kind) is typing.Literal:
+        return typing.get_args(kind)
+    if kind is bool:
+        return False, True
+    raise UserError(f"--vary {name}: {config_class.__module__} has no such setting with a few values.")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = Parser(__doc__)
+    p.add_argument("--method", **one_of(*METHODS), help="default: all four")
+    p.add_argument("--backbone", help="default: all of the method")
+    p.add_argument("--variant", help="default: the paper's")
+    p.add_argument("--tune", help="default: method")
+    p.add_argument("--vary", default=[], type=lambda s: s.replace("-", "_").split(","), metavar="SETTING,...",
+                   help="a row for each value of tune, insertion, ...")
+    p.add_argument("--time", type=int, nargs="?", const=5, default=0, metavar="N",
+                   help="seconds too, the median of N times (5)")
+    p.add_argument("--json", metavar="FILE", help="- for standard output, and then nothing else goes there")
+    p.add_argument("--device", default="auto", **one_of("auto", "cuda", "cpu"))
+    known, _ = p.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
+    methods = [common.load_method(n) for n in ([known.method] if known.method else METHODS)]
+    for name in "backbone", "variant", "tune":
+        values = dict.fromkeys(n for m in methods for n in getattr(m, name.upper() + "S"))
+        if getattr(known, name) not in (None, *values):
+            p.error(f"--{name} {getattr(known, name)}: must be one of {', '.join(values)}")
+        if getattr(known, name) and not known.method and name != "tune":
+            p.error(f"--{name} needs --method")
+    if known.method:
+        method = methods[0]
+        common.add_config_flags(p, method.config(known.backbone or next(iter(method.BACKBONES)),
+                                                 known.variant or method.VARIANTS[0], tune=known.tune or "method"))
+    args = p.parse_args(argv)
+    if args.time < 0:
+        p.error(f"--time {args.time}: must be 0 or more")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    show_efficiency(args, common.start(tiny=str(args.backbone).startswith("tiny"), device=args.device))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,1 @@
+"""What only has to work: data that is drawn, weights of others, tables, costs, pictures."""
