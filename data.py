@@ -96,7 +96,7 @@ def open_dataset(name: str, split: str, data_root: str | None = None, seed: int 
 
         return Shapes(name, split, seed)
     if not data_root:
-        raise UserError(f"{name} is read from files: --data-root DATA says where they are (see the README).")
+        raise UserError(f"{name} is read from files: --data-root DATA says where they are (docs/data.md has the layout).")
     return Mixed(split, data_root) if name == "mixed" else Refer(name, split, data_root)
 
 

@@ -1,47 +1,73 @@
-"""ETRIS: Bridging Vision and Language Encoders: Parameter-Efficient Tuning for Referring Image Segmentation (Xu, Chen,
-Zhang, Song, Wan, Li, ICCV 2023, arXiv:2307.11545).
+"""ETRIS: Bridging Vision and Language Encoders: Parameter-Efficient Tuning for Referring Image Segmentation
+Xu, Chen, Zhang, Song, Wan, Li, ICCV 2023, https://arxiv.org/abs/2307.11545
 
-CLIP's picture and text towers stay frozen and run side by side in three stages. After each stage a Bridger lets the two
-look at one another: a Zoom Layer brings the picture's map to a common width and grid, Interactors attend across, and
-what they found is added to what the towers' next stages read. A light decoder aligns three levels of the picture with
-the sentence, level by level and then as a whole, and convolves the result with a kernel made of the sentence.
+CLIP's image and text towers stay frozen and run side by side in three stages. After each stage a Bridger exchanges
+information between them. Its Zoom Layer brings the image's map to a common size, its Interactors attend from each
+modality to the other, and the results are added to the features that the next stages read. The decoder aligns maps of
+three levels with the sentence, then the fused map with the words, and convolves it with a kernel made of the sentence.
 
-    Sec. 3.1             towers in stages              ETRIS.encode
-    Sec. 3.2, Eq. 1-3    Bridger                       Bridger
+    Fig. 2               the whole model               ETRIS.forward
+    Fig. 3               features with, w/o Bridgers   toolbox/draw.py
+    Sec. 3.1             image tower in stages         ResNetTower, ViTTower, DINOv2Tower
+    Sec. 3.1             text tower in stages          ETRIS.encode
+    Sec. 3.2, Eq. 1-2    Bridger                       Bridger.forward
+    Sec. 3.2, Eq. 3      its residuals                 lines 1, 2: Bridger.forward; lines 3, 4: ETRIS.encode
     Sec. 3.2, Eq. 4      Zoom Layer                    zoom_layer
-    Sec. 3.2, Eq. 5      Interactor                    Interactor
-    Sec. 3.3, Eq. 6-7    hierarchical alignment (HA)   Neck
-    Sec. 3.3, Eq. 8      global alignment (GA)         Decoder, DecoderLayer
-    Sec. 3.3, Eq. 9      projector                     Projector
+    Sec. 3.2, Eq. 5      Interactor                    Bridger.interact, of layers of Interactor
+    Sec. 3.3, Eq. 6-7    Hierarchical Alignment (HA)   Neck
+    Sec. 3.3, Eq. 8      Global Alignment (GA)         Decoder, DecoderLayer
+    Sec. 3.3, Eq. 9      Projector                     Projector
     Sec. 3.4, Eq. 10-11  text-to-pixel loss            ETRIS.loss
-    Tables 1 to 8        their rows                    TABLES; Config.tune, .bridger_stages, .zoom, ...
+    Tables 1 to 8        their rows                    toolbox/tables.py
 
-Deviations (the paper is silent, or contradicts itself or its printed figures; `--variant released` is the authors'
-public model, which differs again):
-  * Sec. 3.1 splits ViT and text tower into N = 4 even parts, whose last three end after blocks 6, 9 and 12; here they
-    end after 4, 8 and 12, as in the public code. The residuals of the last stage (Eq. 3) are read by the decoder.
-  * Eq. 2 prints bare sums; a LayerNorm follows each, as in the public code (512 parameters, 1.94 M either way).
-  * Eq. 2 hands on what the last Interactors gave. Released: what they were given (link).
-  * Eq. 5 attends to the other modality after its MHSA. Released: before it; and beside the ViT, one product stands for
-    all of Eq. 5 (interactor). Residuals, norms and an FFN of 128 are not printed; these give the printed sizes.
-  * Padding is masked wherever words are keys. Released: in the decoder only (mask_padding). Padding is what follows
-    the end token; the public code takes id 0 for it, which is also a "!" within a sentence.
-  * The ViT's printed 1.39 M (1,385,024 here) has the ResNet's kernels, 2x2, 1x1 and 2x2. Its maps are of one size, so
-    they need no stride: Eq. 4 takes its first case. Released: 0.60 M, 1x1 with BatchNorm and ReLU.
-  * RN50's stages are as wide as RN101's, so its Bridger has 1,942,080 too, not the printed 1.68 M (`--zoom mlp` would).
-  * Eq. 6 attends to F_s alone: the softmax over one key is 1, so queries and keys, 1,575,936 parameters, are dead;
-    `--neck-fusion gate` computes the same without them. The attention's result multiplies the map, as in the public
-    code, which also projects F_s first (text_proj); without that RN101's head is the printed 23.98 M, dead parameters
-    and all. Table 3 prints it for RN50 (26.74 M here: its F_s, 1024 wide, must be projected) and ViT (22.41 M) too.
-  * Eq. 8 attends to F_s with sine positions added, which one vector cannot use: the words, as released (decoder_text).
-    The decoder's norms are not printed: before each part, after both attentions and within the FFN, as released.
-  * CLIP's ResNet pools to one vector; here, as in CRIS, every place asks, for a map. Released: plus a random, frozen
-    1x1 convolution with BatchNorm (connect), which is in the printed 120.74 M of full tuning.
-  * Frozen is frozen: positions too, resized at each forward to the picture's grid, and BatchNorm statistics. Released:
-    positions are trained, uncounted (train_positions); that code's drifting statistics are not repeated.
-  * Table 6 does not say what stands in for HA: the last level alone, deconvolved.
-  * `tiny` (a ResNet) and `tiny-vit` are this project's: small random towers, trained from scratch by AdamW with
-    warm-up, cosine and Dice; their decoder norms the map and adds positions to it (decoder_position).
+Deviations. "silent": the paper does not say. "same": as here. The public code is `--variant released`, except where
+its column says "not here".
+
+    where                | the paper                      | here                               | the public code
+    ---------------------+--------------------------------+------------------------------------+------------------------
+    Sec. 3.1, stages     | end after blocks 6, 9 and 12   | after 4, 8 and 12                  | same
+    Sec. 3.1, ResNet     | silent; CLIP pools to a vector | a query at each place, as in CRIS  | + random conv (connect)
+    Sec. 3.1, positions  | silent                         | resized to the grid each time      | ViT: resized once
+    Sec. 3.1, "frozen"   | all of CLIP                    | as printed, BatchNorm's means too  | positions are trained
+    Sec. 3.1, BatchNorm  | silent                         | running statistics stay            | they drift (not here)
+    Eq. 2, sum           | no norm                        | LayerNorm (512 parameters)         | same
+    Eq. 2, f^(i-1)       | result of the last Interactors | as printed                         | what those read
+    Eq. 3, lines 3, 4    | added to F^(i+1)               | to F^i, also of the last stage     | same
+    Eq. 4, ViT           | 1.39M; kernels not printed     | 1,385,024: the ResNet's, stride 1  | 598,592: 1x1, BN, ReLU
+    Eq. 4, RN50          | 1.68M                          | 1,942,080: as wide as RN101        | same
+    Eq. 5, line 3        | keys: result of lines 1, 2     | as printed                         | keys: what they read
+    Eq. 5, ViT           | as for a ResNet                | as printed                         | only x * MHCA(x, other)
+    Eq. 5                | no residual, norm, FFN width   | residual, then LayerNorm; 128      | same
+    Eq. 5                | heads, dropout: silent         | 4 heads, for a ViT 8; 0.1          | same
+    Eq. 5, padding       | silent                         | masked                             | not masked
+    Eq. 6, line 1        | Conv                           | (de)convolution, BatchNorm, ReLU   | same
+    Eq. 6, line 2        | keys: F_s; one key, softmax 1  | as printed: 1,575,936 dead weights | same
+    Eq. 6, line 2        | result of the attention        | map times result                   | same
+    Eq. 6, F_s           | no projection                  | projected if its width differs     | always projected
+    Eq. 7                | F_coord: C channels; one 3x3   | 2 channels, x and y; two 3x3       | same
+    Eq. 8, line 2        | keys: F_s                      | keys: words (decoder_text)         | same
+    Eq. 8, positions     | added to F_v and F_s once      | to queries and keys of each layer  | same
+    Eq. 8, norms         | silent                         | see DecoderLayer; one at the end   | same
+    Eq. 8, padding       | silent                         | what follows the end token         | id 0, also a "!"
+    Eq. 9, lines 1, 2    | 4x upsampling, then Conv       | twice 2x and a 3x3; at last a 1x1  | same
+    Eq. 9, bias          | D values                       | one                                | same
+    Eq. 10, target       | silent                         | nearest pixel                      | same
+    Table 2, full        | 120.74M                        | with `connect`                     | same
+    Table 3, head        | 23.98M for all three           | RN101; RN50: 26.74M, ViT: 22.41M   | 24.24M, 26.74M, 22.67M
+    Table 6, without HA  | silent                         | last level alone, deconvolved      | not there
+    Sec. 4.2, images     | resized to 416 x 416           | letterbox, antialiased             | cv2 (evaluation)
+    Sec. 4.2, masks      | silent                         | 0 or 1                             | soft edges (not here)
+    Sec. 4.2, lr, ViT    | Bridgers: 0.001                | as printed                         | 0.0001
+    Sec. 4.2, epoch      | 120,624 samples                | a sentence of each object: 42,404  | same
+    Sec. 4.2, best epoch | silent                         | mIoU, all sentences of val         | see below (not here)
+    Sec. 4.2, precision  | silent                         | bf16 on a GPU                      | fp16 (not here)
+    Sec. 4, metric       | oIoU                           | oIoU and mIoU                      | mIoU only
+    Appendix A, MDETR    | Bridgers for grounding         | absent                             | absent
+    BACKBONES            | CLIP                           | dinov2-base too: Table 2 of DCRIS  | not there
+    BACKBONES            | pretrained                     | tiny, tiny-vit: this project's     | not there
+
+The public code chooses the best epoch by the first sentence of each object of val, for RefCOCO+ of testB.
+`tiny` and `tiny-vit` train with AdamW, warm-up, cosine and Dice. Their decoder adds positions to the map itself.
 """
 
 from __future__ import annotations
@@ -55,125 +81,283 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Preprocess, TrainConfig, check_config, dice_loss, in_full_precision, sine_1d, sine_2d)
-from toolbox import baselines, tokenizers, weights as released
+from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision, sine_1d, sine_2d
+from toolbox import baselines
+from toolbox.tokenizers import clip_tokens
+from toolbox.weights import check_released, load_clip, load_dinov2_and_clip
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of RGB values
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 TINY_TEXT = dict(context_length=77, vocab_size=4096, width=64, heads=2, layers=4)
-# Sec. 4.2: CLIP
+# Sec. 4.2: CLIP. `kind`: of the image tower (TOWERS)
 BACKBONES = {
-    "RN101": dict(hub="timm/resnet101_clip.openai", clip=open_clip.get_model_config("RN101-quickgelu")),
-    "RN50": dict(hub="timm/resnet50_clip.openai", clip=open_clip.get_model_config("RN50-quickgelu")),
-    "ViT-B-16": dict(hub="timm/vit_base_patch16_clip_224.openai",
+    "RN101": dict(kind="resnet", hub="timm/resnet101_clip.openai",
+                  clip=open_clip.get_model_config("RN101-quickgelu")),
+    "RN50": dict(kind="resnet", hub="timm/resnet50_clip.openai", clip=open_clip.get_model_config("RN50-quickgelu")),
+    "ViT-B-16": dict(kind="vit", hub="timm/vit_base_patch16_clip_224.openai",
                      clip=open_clip.get_model_config("ViT-B-16-quickgelu")),
-    "dinov2-base": dict(hub="facebook/dinov2-with-registers-base", dino=True,  # not the paper's: DCRIS, Table 2
+    "dinov2-base": dict(kind="dinov2", hub="facebook/dinov2-with-registers-base",
                         clip=open_clip.get_model_config("ViT-B-16-quickgelu")),
-    "tiny": dict(clip=dict(embed_dim=64, quick_gelu=True, text_cfg=TINY_TEXT,
-                           vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64, image_size=128))),
-    "tiny-vit": dict(clip=dict(embed_dim=64, quick_gelu=True, text_cfg=TINY_TEXT,
-                               vision_cfg=dict(layers=4, width=64, head_width=32, image_size=64, patch_size=8))),
+    "tiny": dict(kind="resnet", clip=dict(
+        embed_dim=64, quick_gelu=True, text_cfg=TINY_TEXT,
+        vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64, image_size=128))),
+    "tiny-vit": dict(kind="vit", clip=dict(
+        embed_dim=64, quick_gelu=True, text_cfg=TINY_TEXT,
+        vision_cfg=dict(layers=4, width=64, head_width=32, image_size=64, patch_size=8))),
 }
 VARIANTS = ("etris", "released")
 TUNES = baselines.TUNES
-STAGES = (2, 3, 4)  # Sec. 3.1: i in {2, ..., N}; a ResNet's layer2 to layer4
-UP = (False, False, True)  # Eq. 4: only the last stage's map is smaller than the common one
+STAGES = (2, 3, 4)         # i of F^i; a ResNet's layer2 to layer4
+UP = (False, False, True)  # which of their maps are deconvolved to the size of stage 3's (Eq. 4 and 6)
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """Every setting of the paper. `config()` gives the ones of a backbone, variant and data set."""
+    """Every setting of the paper. `config()` gives those of a backbone, variant and data set."""
 
     backbone: str = "RN101"                 # Sec. 4.2
-    variant: str = "etris"
-    tune: str = "method"                    # Table 2; others: Fix Backbone is "frozen", Full-Tuning "full"
+    variant: str = "etris"                  # released: the authors' public code
+    tune: str = "method"                    # Table 2: frozen is "Fix Backbone", full is "Full-Tuning"
     # architecture
-    image_size: int = 416                   # Sec. 4.2, pixels; any multiple of 32
-    words: int = 17                         # Sec. 4.2, BPE tokens with start and end; 22 for G-Ref
-    blocks: tuple[int, ...] = (4, 8, 12)    # where the stages of the text tower end, and those of a ViT
-    bridger_stages: tuple[int, ...] = STAGES  # Table 4
-    bridger_dim: int = 64                   # Table 7
-    bridger_heads: int = 4
-    bridger_ffn: int = 128
-    bridger_dropout: float = 0.1
-    zoom: Literal["deconv", "interpolate", "linear", "mlp", "pointwise"] = "deconv"  # Table 5; pointwise: released ViT
-    link: Literal["output", "input"] = "output"  # Eq. 2: of the Interactors before
-    interactor: Literal["attended", "raw", "product"] = "attended"  # Eq. 5: its keys; product: released ViT
-    mask_padding: bool = True
-    zero_init: bool = False                 # Bridgers start as nothing: not the paper's
-    connect: bool = False
-    train_positions: bool = False
-    hierarchical_alignment: bool = True     # Table 6
-    global_alignment: bool = True           # Table 6
-    text_proj: bool = False
-    neck_fusion: Literal["attention", "gate"] = "attention"
-    decoder_text: Literal["words", "sentence"] = "words"
-    head_dim: int = 512
-    head_heads: int = 8                     # Sec. 4.2
-    decoder_layers: int = 3                 # Sec. 4.2
-    decoder_ffn: int = 512                  # Sec. 4.2
-    decoder_dropout: float = 0.1
-    decoder_position: Literal["attention", "content"] = "attention"  # queries and keys; content: the normed map too
-    threshold: float = 0.35                 # Sec. 4.2, on the sigmoid
+    image_size: int = 416                   # side of the input in pixels (Sec. 4.2); a multiple of 32, DINOv2: of 14
+    words: int = 17                         # length of a sentence in BPE tokens, start and end included (Sec. 4.2)
+    blocks: tuple[int, ...] = (4, 8, 12)    # blocks of the text tower, and of a ViT, after which stages 2 to 4 end
+    bridger_stages: tuple[int, ...] = STAGES  # stages that have a Bridger (Table 4)
+    bridger_dim: int = 64                   # width of the Bridgers (Table 7)
+    bridger_heads: int = 4                  # attention heads of the Interactors
+    bridger_ffn: int = 128                  # hidden width of the Interactors' FFN
+    bridger_dropout: float = 0.1            # dropout in the Interactors
+    zoom: Literal["deconv", "interpolate", "linear", "mlp"] = "deconv"  # kind of Zoom Layer (Table 5)
+    zero_init: bool = False                 # Bridgers start with residuals of 0; not in the paper
+    connect: bool = False                   # a random 1x1 convolution beside the attention pool, as in the public code
+    train_positions: bool = False           # the towers' positional embeddings are trained, as in the public code
+    hierarchical_alignment: bool = True     # the Hierarchical Alignment Module (Table 6)
+    global_alignment: bool = True           # the Global Alignment Module (Table 6)
+    text_proj: bool = False                 # Eq. 6 projects F_s also where its width fits, as in the public code
+    decoder_text: Literal["words", "sentence"] = "words"  # keys of the decoder's cross-attention (Eq. 8)
+    head_dim: int = 512                     # width of the decoder
+    head_heads: int = 8                     # attention heads of the decoder (Sec. 4.2)
+    decoder_layers: int = 3                 # layers of the Global Alignment Module (Sec. 4.2)
+    decoder_ffn: int = 512                  # hidden width of the decoder's FFN (Sec. 4.2)
+    decoder_dropout: float = 0.1            # dropout in the decoder
+    decoder_position: Literal["attention", "content"] = "attention"  # content: positions are also added to the map
+    threshold: float = 0.35                 # a pixel belongs to the object above this probability (Sec. 4.2)
     # training (Sec. 4.2)
-    milestones: tuple[int, ...] = (35,)
-    dice: float = 0.0                       # weight of a Dice loss beside Eq. 10: not the paper's
+    milestones: tuple[int, ...] = (35,)     # Sec. 4.2
+    dice: float = 0.0                       # weight of a Dice loss, added to Eq. 10; not in the paper
+
+
+VIT = dict(bridger_heads=8, adapter_lr=10.0)  # Sec. 4.2: a learning rate of 0.001 for the Bridgers of a ViT
+RELEASED = dict(train_positions=True, text_proj=True, adapter_lr=1.0)  # and ReleasedBridger, ReleasedViTBridger
+DINOV2 = dict(image_size=448, train_positions=False)
+TINY = dict(
+    blocks=(2, 3, 4), bridger_dim=32, bridger_heads=2, bridger_ffn=64, bridger_dropout=0.0, head_dim=64, head_heads=2,
+    decoder_layers=2, decoder_ffn=128, decoder_dropout=0.0, decoder_position="content", steps=2000, batch_size=16,
+    optimizer="adamw", lr=2e-3, adapter_lr=1.0, weight_decay=0.01, schedule="cosine", milestones=(), warmup=50,
+    clip_norm=1.0, dice=1.0, val_every=250)
 
 
 def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refcoco", **flags) -> Config:
-    """The settings of a backbone, variant and data set, and over them what the user set."""
+    """The settings of a backbone, variant and data set; `flags` override them. Raises UserError."""
+    kind, clip = BACKBONES[backbone]["kind"], BACKBONES[backbone]["clip"]
+    resnet, tiny, tune = kind == "resnet", backbone.startswith("tiny"), flags.get("tune", "method")
     c = dict(backbone=backbone, variant=variant)
-    vision, text = (BACKBONES[backbone]["clip"][k] for k in ("vision_cfg", "text_cfg"))
-    tune, tiny = flags.get("tune", "method"), backbone.startswith("tiny")
-    vit, dino = isinstance(vision["layers"], int), "dino" in BACKBONES[backbone]
     if dataset.startswith("refcocog") or dataset == "mixed":
         c |= dict(words=22)
-    if vit:
-        c |= dict(bridger_heads=8, adapter_lr=10.0)  # Sec. 4.2: 0.001 for the Bridger beside a ViT
+    if not resnet:
+        c |= VIT
     if variant == "released":
-        c |= dict(link="input", interactor="raw", mask_padding=False, train_positions=True, text_proj=True,
-                  connect=not vit, adapter_lr=1.0)
-        if vit:
-            c |= dict(zoom="pointwise", interactor="product")
-    if dino:
-        c |= dict(image_size=448, train_positions=False)
+        c |= RELEASED | dict(connect=resnet)
+    if kind == "dinov2":
+        c |= DINOV2
     if tiny:
-        c |= dict(image_size=vision["image_size"], blocks=(2, 3, 4), bridger_dim=32, bridger_heads=2, bridger_ffn=64,
-                  bridger_dropout=0.0, adapter_lr=1.0, head_dim=64, head_heads=2, decoder_layers=2, decoder_ffn=128,
-                  decoder_dropout=0.0, decoder_position="content", steps=2000, batch_size=16, optimizer="adamw",
-                  lr=2e-3, tower_lr=0.5 if vit else 1.0, weight_decay=0.01, schedule="cosine", milestones=(),
-                  warmup=50, clip_norm=1.0, dice=1.0, val_every=250)
-    c |= dict(baseline_dims=baselines.dims(  # Sec. 5.1: a quarter; Table 2
-        tune, tiny, lora=(1, 1), adapter=(192 if vit else 128, 128), conv_adapter=(192 if vit else 128, 0)))
+        c |= TINY | dict(image_size=clip["vision_cfg"]["image_size"], tower_lr=1.0 if resnet else 0.5)
+    quarter = 128 if resnet else 192  # Sec. 5.1: a quarter of the width
+    c |= dict(baseline_dims=baselines.dims(tune, tiny, lora=(1, 1), adapter=(quarter, 128), conv_adapter=(quarter, 0)))
     if not tune.startswith("method"):
         c |= dict(bridger_stages=(), train_positions=False)
     c = Config(**(c | flags))
-    depth, sentence_width = text["layers"], BACKBONES[backbone]["clip"]["embed_dim"]
+    check(c, kind, clip["text_cfg"], clip["embed_dim"])
+    return c
+
+
+def check(c: Config, kind: str, text: dict, sentence_width: int) -> None:
+    """Raises UserError for settings that do not fit one another."""
+    multiple, most, depth = 14 if kind == "dinov2" else 32, 77 - baselines.prompts(c), text["layers"]
     check_config(
-        c, baseline_dims=baselines.rule(c), image_size=(c.image_size % (14 if dino else 32) == 0, f"a multiple of {14 if dino else 32}"),
-        words=(3 <= c.words <= 77 - baselines.prompts(c), f"3 to {77 - baselines.prompts(c)} tokens, what CLIP's text tower reads"),
+        c, baseline_dims=baselines.rule(c),
+        image_size=(c.image_size % multiple == 0, f"a multiple of {multiple}"),
+        words=(3 <= c.words <= most, f"3 to {most} tokens, which CLIP's text tower reads"),
         blocks=(len(c.blocks) == 3 and 0 < c.blocks[0] < c.blocks[1] < c.blocks[2] == depth,
                 f"three rising numbers up to {depth}, the last block"),
         bridger_stages=(set(c.bridger_stages) <= set(STAGES), "stages from 2 to 4"),
         bridger_heads=(lambda: c.bridger_dim % c.bridger_heads == 0, f"a divisor of bridger_dim, {c.bridger_dim}"),
-        zoom=(c.zoom != ("interpolate" if vit else "pointwise"),
-              f"deconv, linear or mlp, as this backbone's maps are {'all of one size' if vit else 'not of one size'}"),
-        zero_init=(not c.zero_init or c.zoom != "pointwise", "off with pointwise: its ReLU over zeros never learns"),
-        train_positions=(not c.train_positions or not dino, "off for DINOv2, which the public code has not"),
-        connect=(not c.connect or not vit, "off for a ViT, which has no attention pool"),
-        head_dim=(c.head_dim == text["width"], f"{text['width']}, as wide as the words, the decoder's keys"),
+        zoom=(c.zoom == "deconv" or kind == "resnet" or c.zoom != "interpolate" and c.variant == "etris",
+              "one of deconv, linear, mlp for a ViT, and deconv for the released one"),
+        zero_init=(not c.zero_init or c.variant == "etris", "off in the released variant"),
+        train_positions=(not c.train_positions or kind != "dinov2", "off for DINOv2"),
+        connect=(not c.connect or kind == "resnet", "off for a ViT, which has no attention pool"),
+        head_dim=(c.head_dim == text["width"], f"{text['width']}, the width of the words, the decoder's keys"),
         head_heads=(lambda: c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
-        decoder_text=(c.decoder_text == "words" or c.head_dim == sentence_width, "words: F_s has another width"),
-        tune=(c.tune.startswith("method") or not c.bridger_stages, "method, where stages are given Bridgers"))
-    return c
+        decoder_text=(c.decoder_text == "words" or c.head_dim == sentence_width,
+                      f"words: F_s is {sentence_width} wide, not {c.head_dim}"),
+        tune=(c.tune.startswith("method") or not c.bridger_stages, "method, where stages have Bridgers"))
+
+
+# Image towers (Sec. 3.1)
+
+
+class ResNetTower:
+    """CLIP's ResNet in stages. A tower holds no parameters: these stay in `visual`, a module of the model."""
+
+    mean_std = CLIP
+
+    def __init__(self, visual: nn.Module, blocks: tuple[int, ...], sentence_width: int):
+        base = visual.conv3.out_channels
+        self.visual = visual
+        self.widths = 8 * base, 16 * base, 32 * base             # C_i of stages 2, 3 and 4
+        self.strides = 8, 16, 32                                 # pixels to a place of their maps
+        self.out_width = sentence_width                          # channels of end()
+        self.unread = []                                         # parameters that the forward pass does not read
+
+    def start(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> features before stage 2 (B, C, H/4, W/4)"""
+        return self.visual.layer1(self.visual.stem(images))
+
+    def stage(self, x: Tensor, i: int) -> Tensor:
+        return getattr(self.visual, f"layer{i}")(x)
+
+    def as_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return x
+
+    def add(self, x: Tensor, f_v: Tensor) -> Tensor:
+        return x + f_v
+
+    def end(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The map after stage 4, projected by CLIP to the width of the sentence. -> (B, C', H/32, W/32)"""
+        return attention_pool(self.visual.attnpool, x)
+
+    def train_positions(self, side: int) -> None:
+        self.visual.attnpool.positional_embedding.requires_grad_(True)
+
+
+class ViTTower:
+    """CLIP's ViT in stages; features are tokens (B, 1 + N, C), the class token first."""
+
+    mean_std, prefix = CLIP, 1                                   # prefix: tokens that belong to no place
+
+    def __init__(self, visual: nn.Module, blocks: tuple[int, ...], sentence_width: int):
+        self.set(visual, visual.transformer.resblocks, blocks, visual.conv1.out_channels, visual.patch_size[0])
+        self.out_width, self.unread = sentence_width, []
+
+    def set(self, visual: nn.Module, layers: nn.ModuleList, ends: tuple[int, ...], width: int, patch: int) -> None:
+        self.visual, self.widths, self.strides = visual, (width,) * 3, (patch,) * 3
+        self.stages = dict(zip(STAGES, (layers[a:b] for a, b in zip((0, *ends), ends))))
+
+    def start(self, images: Tensor) -> Tensor:
+        visual = self.visual
+        x = visual.conv1(images)                                 # (B, C, H/p, W/p)
+        positions = resized(visual.positional_embedding, x.shape[-2:])
+        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
+        return visual.ln_pre(x + positions)                      # (B, 1+N, C)
+
+    def stage(self, x: Tensor, i: int) -> Tensor:
+        for block in self.stages[i]:
+            x = block(x)
+        return x
+
+    def as_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return x[:, self.prefix:].transpose(1, 2).unflatten(2, grid)  # (B, C, H/p, W/p)
+
+    def add(self, x: Tensor, f_v: Tensor) -> Tensor:
+        """f_v: (B, C, H/p, W/p). Tokens that belong to no place stay."""
+        return x + F.pad(f_v.flatten(2).transpose(1, 2), (0, 0, self.prefix, 0))
+
+    def end(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.as_map(self.visual.ln_post(x) @ self.visual.proj, grid)  # (B, C', H/p, W/p)
+
+    def train_positions(self, side: int) -> None:
+        """The public code trains a table of the input's size."""
+        self.visual.positional_embedding = nn.Parameter(
+            resized(self.visual.positional_embedding.detach(), (side, side)))
+
+
+class DINOv2Tower(ViTTower):
+    """DINOv2 with four registers behind the class token. It has no projection to the text's space."""
+
+    mean_std, prefix = IMAGENET, 5
+
+    def __init__(self, visual: nn.Module, blocks: tuple[int, ...], sentence_width: int):
+        size = visual.config
+        self.set(visual, visual.encoder.layer, blocks, size.hidden_size, size.patch_size)
+        self.out_width, self.unread = size.hidden_size, [visual.embeddings.mask_token]
+
+    def start(self, images: Tensor) -> Tensor:
+        return self.visual.embeddings(images)                    # (B, 5+N, C)
+
+    def stage(self, x: Tensor, i: int) -> Tensor:
+        for block in self.stages[i]:
+            x = block(x)
+            x = x[0] if isinstance(x, tuple) else x              # a tuple before transformers 5
+        return x
+
+    def end(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self.as_map(self.visual.layernorm(x), grid)       # (B, C, H/p, W/p)
+
+
+TOWERS = dict(resnet=ResNetTower, vit=ViTTower, dinov2=DINOv2Tower)
+
+
+def attention_pool(pool: nn.Module, x: Tensor) -> Tensor:
+    """CLIP's attention pool with each place as a query, without the mean. (B, C, H, W) -> (B, C', H, W)"""
+    grid = tuple(x.shape[-2:])
+    y = x.flatten(2).transpose(1, 2) + resized(pool.positional_embedding, grid)[1:]  # (B, N, C)
+    q, k, v = (p(y).unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for p in (pool.q_proj, pool.k_proj, pool.v_proj))
+    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
+    y = pool.c_proj(y).transpose(1, 2).unflatten(2, grid)        # (B, C', H, W)
+    return F.relu(y + pool.connect(x)) if hasattr(pool, "connect") else y
+
+
+def resized(table: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Positional embeddings (1 + n, C), the first of the class token, for another grid. -> (1 + H*W, C)"""
+    side = int((len(table) - 1) ** 0.5)
+    if grid == (side, side):
+        return table
+    places = F.interpolate(table[1:].T.unflatten(1, (side, side))[None], grid, mode="bicubic")
+    return torch.cat([table[:1], places[0].flatten(1).T])
+
+
+def build_clip(backbone: str, weights: str) -> open_clip.CLIP:
+    """CLIP; for dinov2-base with DINOv2 as its image tower.
+
+    `weights`: "random", "pretrained" (the hub's cache, or downloaded) or a file; for dinov2-base its file and CLIP's.
+    """
+    names = BACKBONES[backbone]
+    if weights == "pretrained":
+        check_released(backbone, weights)
+    clip = open_clip.CLIP(**names["clip"])
+    if names["kind"] == "dinov2":
+        from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+        del clip.visual
+        dino = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, image_size=518))
+        if weights != "random":
+            load_dinov2_and_clip(dino, clip, weights, names["hub"], backbone)
+        clip.visual = dino
+        return clip
+    if names["kind"] == "resnet":  # a training step on a CPU takes 4 % (RN101) to 12 % (tiny) less time
+        clip.visual.to(memory_format=torch.channels_last)
+    if weights != "random":
+        load_clip(clip, weights, names.get("hub", ""), backbone)
+    return clip
 
 
 # Bridger (Sec. 3.2)
 
 
 def resample(c_in: int, c_out: int, stride: int, up: bool) -> nn.Module:
-    """A convolution that shrinks a map by `stride`, or a deconvolution that enlarges it (Eq. 4); no bias."""
+    """A convolution that shrinks a map by `stride`, or a deconvolution that enlarges it; no bias."""
     return (nn.ConvTranspose2d if up else nn.Conv2d)(c_in, c_out, stride, stride, bias=False)
 
 
@@ -183,7 +367,7 @@ def resample_layer(c_in: int, c_out: int, stride: int, up: bool) -> nn.Sequentia
 
 
 class SpatialLinear(nn.Module):
-    """Table 5 (a) and (c): a linear layer over channels and one, or two, over places; for one picture size only."""
+    """Table 5 (a), (c): a linear layer over channels, then one or two over places. It fits one input size only."""
 
     def __init__(self, c_in: int, c_out: int, side_in: int, side_out: int, hidden: int):
         super().__init__()
@@ -198,12 +382,11 @@ class SpatialLinear(nn.Module):
 
 
 def zoom_layer(kind: str, c_in: int, c_out: int, kernel: int, up: bool, side_in: int, side_out: int) -> nn.Module:
-    """Eq. 4 and Table 5: (B, c_in, h, w) -> (B, c_out, h', w'), smaller or (up) larger by `kernel`, or of one size."""
+    """Eq. 4 and Table 5: (B, c_in, h, w) -> (B, c_out, h', w'). `kernel`: the ratio of their sizes in a ResNet; `up`:
+    the second case of Eq. 4."""
     if kind in ("linear", "mlp"):
         return SpatialLinear(c_in, c_out, side_in, side_out, hidden=64 if kind == "mlp" else 0)
-    if kind == "pointwise":
-        return resample_layer(c_in, c_out, 1, up)
-    if kernel > 1 and side_in == side_out:  # a ViT's; zooming out looks the other way, as a deconvolution does
+    if kernel > 1 and side_in == side_out:  # a ViT. Zoom-out pads on the other side, so that both together are centred
         pad = nn.ZeroPad2d((1, 0, 1, 0) if up else (0, 1, 0, 1))
         return nn.Sequential(pad, nn.Conv2d(c_in, c_out, kernel, bias=False))
     if kind == "interpolate" and up and kernel > 1:
@@ -212,7 +395,7 @@ def zoom_layer(kind: str, c_in: int, c_out: int, kernel: int, up: bool, side_in:
 
 
 class Interactor(nn.Module):
-    """Eq. 5 for one modality: MHSA, MHCA to the other modality, FFN, each with a residual and a norm after it."""
+    """The layers of Eq. 5 for one modality; after each a residual and a LayerNorm. Bridger.interact calls them."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -223,47 +406,34 @@ class Interactor(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
         self.dropout = nn.Dropout(p)
 
-    def attend(self, x: Tensor, pad: Tensor | None) -> Tensor:
-        """x: (B, N, d); pad: (B, N), True = padding."""
-        y = self.self_attn(x, x, x, key_padding_mask=pad, need_weights=False)[0]
-        return self.norm1(x + self.dropout(y))                   # Eq. 5, lines 1 and 2
+    def mhsa(self, x: Tensor, pad: Tensor | None) -> Tensor:
+        """x: (B, N, d); pad: (B, N), True = padding -> (B, N, d)"""
+        return self.norm1(x + self.dropout(self.self_attn(x, x, x, key_padding_mask=pad, need_weights=False)[0]))
 
-    def interact(self, x: Tensor, other: Tensor, pad: Tensor | None) -> Tensor:
-        """x: (B, N, d); other: (B, M, d); pad: (B, M), True = padding."""
+    def mhca(self, x: Tensor, other: Tensor, pad: Tensor | None) -> Tensor:
+        """x: (B, N, d); other: (B, M, d); pad: (B, M), True = padding -> (B, N, d)"""
         y = self.cross_attn(x, other, other, key_padding_mask=pad, need_weights=False)[0]
-        x = self.norm2(x + self.dropout(y))                      # Eq. 5, line 3
-        return self.norm3(x + self.dropout(self.ffn(x)))         # Eq. 5, line 4
+        return self.norm2(x + self.dropout(y))
 
-
-class Product(nn.Module):
-    """What stands for Eq. 5 beside the released ViT: x times its attention to the other modality, and no more."""
-
-    def __init__(self, c: Config):
-        super().__init__()
-        self.cross_attn = nn.MultiheadAttention(c.bridger_dim, c.bridger_heads, batch_first=True)
-
-    def attend(self, x: Tensor, pad: Tensor | None) -> Tensor:
-        return x
-
-    def interact(self, x: Tensor, other: Tensor, pad: Tensor | None) -> Tensor:
-        return x * self.cross_attn(x, other, other, key_padding_mask=pad, need_weights=False)[0]
+    def feed_forward(self, x: Tensor) -> Tensor:
+        return self.norm3(x + self.dropout(self.ffn(x)))
 
 
 class Bridger(nn.Module):
-    """Eq. 1 to 3 of one stage. `side`: of its map; `middle`: of stage 3's, which all are zoomed to; `linked`: not the
-    first."""
+    """Eq. 1 to 5 for one stage. `width`, `side`: of its map; `middle`: side of stage 3's map, the common size h', w';
+    `linked`: an earlier stage has a Bridger."""
+
+    interactor, zoom_layer = Interactor, staticmethod(zoom_layer)
 
     def __init__(self, c: Config, stage: int, width: int, text_width: int, side: int, middle: int, linked: bool):
         super().__init__()
-        d, self.link, self.raw = c.bridger_dim, c.link, c.interactor == "raw"
-        kernel, up = 1 if stage == 3 else 2, UP[stage - 2]
-        self.zoom_in = zoom_layer(c.zoom, width, d, kernel, up, side, middle)
-        self.zoom_out = zoom_layer(c.zoom, d, width, kernel, not up, middle, side)
+        d, kernel, up = c.bridger_dim, 1 if stage == 3 else 2, UP[stage - 2]
+        self.zoom_in = self.zoom_layer(c.zoom, width, d, kernel, up, side, middle)
+        self.zoom_out = self.zoom_layer(c.zoom, d, width, kernel, not up, middle, side)
         self.linear1, self.linear2 = nn.Linear(text_width, d), nn.Linear(d, text_width)
         self.ln_v, self.ln_t = (nn.LayerNorm(d), nn.LayerNorm(d)) if linked else (None, None)
-        interactor = Product if c.interactor == "product" else Interactor
-        self.ita_v, self.ita_t = interactor(c), interactor(c)
-        for m in self.modules():  # as the public code; PyTorch's own for the attentions' in_proj
+        self.ita_v, self.ita_t = self.interactor(c), self.interactor(c)
+        for m in self.modules():  # as in the public code; in_proj of the attentions keeps PyTorch's initialisation
             if isinstance(m, nn.Linear):
                 nn.init.normal_(m.weight, std=0.02)
                 nn.init.zeros_(m.bias)
@@ -274,34 +444,73 @@ class Bridger(nn.Module):
             for p in *last.parameters(), *self.linear2.parameters():
                 nn.init.zeros_(p)
 
-    def forward(self, f_v: Tensor, f_t: Tensor, memory: tuple[Tensor, Tensor] | None, pad: Tensor | None):
-        """f_v: map (B, C, h, w); f_t: words (B, L, C'); memory: places (B, N, d) and words (B, L, d) of the last one.
-
-        -> residuals for f_v and f_t, and the memory for the next stage
-        """
-        v = self.zoom_in(f_v)                                    # (B, d, h', w')  Eq. 1
-        t = self.linear1(f_t)                                    # (B, L, d)  Eq. 1
+    def forward(self, f_v: Tensor, f_t: Tensor, last: tuple[Tensor, Tensor] | None, pad: Tensor | None):
+        """f_v: map (B, C_i, h, w); f_t: words (B, L, C); last: f^(i-1) of the Bridger before, or None; pad: (B, L),
+        True = padding -> residuals for f_v and f_t, and f^i for the next Bridger: (B, N, d) and (B, L, d)"""
+        v = self.zoom_in(f_v)                                    # (B, d, h', w')  Eq. 1, line 1
+        t = self.linear1(f_t)                                    # (B, L, d)       Eq. 1, line 2
         grid, v = v.shape[-2:], v.flatten(2).transpose(1, 2)     # (B, N, d)
-        if memory is not None:
-            v, t = self.ln_v(v + memory[0]), self.ln_t(t + memory[1])  # the sums in Eq. 2
-        v1, t1 = self.ita_v.attend(v, None), self.ita_t.attend(t, pad)  # Eq. 5, lines 1 and 2
-        keys_v, keys_t = (v, t) if self.raw else (v1, t1)
-        v2, t2 = self.ita_v.interact(v1, keys_t, pad), self.ita_t.interact(t1, keys_v, None)  # Eq. 5, lines 3 and 4
-        f_v = self.zoom_out(v2.transpose(1, 2).unflatten(2, grid))  # (B, C, h, w)  Eq. 3, line 1
-        f_t = self.linear2(t2)                                   # (B, L, C')  Eq. 3, line 2
-        return f_v, f_t, (v2, t2) if self.link == "output" else (v, t)
+        if last is not None:
+            v, t = self.ln_v(v + last[0]), self.ln_t(t + last[1])  # the sums in Eq. 2
+        v, t, last = self.interact(v, t, pad)                    # (B, N, d), (B, L, d)  Eq. 2
+        f_v = self.zoom_out(v.transpose(1, 2).unflatten(2, grid))  # (B, C_i, h, w)  Eq. 3, line 1
+        f_t = self.linear2(t)                                    # (B, L, C)       Eq. 3, line 2
+        return f_v, f_t, last
+
+    def interact(self, v: Tensor, t: Tensor, pad: Tensor | None):
+        """Eq. 5: v (B, N, d), t (B, L, d) -> both after the Interactors, and what the next Bridger adds (Eq. 2)"""
+        v, t = self.ita_v.mhsa(v, None), self.ita_t.mhsa(t, pad)  # Eq. 5, lines 1 and 2
+        v, t = self.ita_v.mhca(v, t, pad), self.ita_t.mhca(t, v, None)  # Eq. 5, line 3
+        v, t = self.ita_v.feed_forward(v), self.ita_t.feed_forward(t)  # Eq. 5, line 4
+        return v, t, (v, t)
 
 
-# The head (Sec. 3.3)
+class ReleasedBridger(Bridger):
+    """The public code's for a ResNet. Its cross-attention reads the other modality as it was before self-attention,
+    padding is not masked, and the next Bridger adds what the Interactors read."""
+
+    def interact(self, v: Tensor, t: Tensor, pad: Tensor | None):
+        v1, t1 = self.ita_v.mhsa(v, None), self.ita_t.mhsa(t, None)
+        v2, t2 = self.ita_v.mhca(v1, t, None), self.ita_t.mhca(t1, v, None)
+        return self.ita_v.feed_forward(v2), self.ita_t.feed_forward(t2), (v, t)
+
+
+class ReleasedViTInteractor(nn.Module):
+    """The public code's for a ViT: x times its attention to the other modality."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.cross_attn = nn.MultiheadAttention(c.bridger_dim, c.bridger_heads, batch_first=True)
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        return x * self.cross_attn(x, other, other, need_weights=False)[0]
+
+
+class ReleasedViTBridger(Bridger):
+    """The public code's for a ViT: zooms with 1x1 convolutions, BatchNorm and ReLU. Padding is not masked, and the next
+    Bridger adds what the Interactors read."""
+
+    interactor = ReleasedViTInteractor
+
+    @staticmethod
+    def zoom_layer(kind: str, c_in: int, c_out: int, kernel: int, up: bool, side_in: int, side_out: int) -> nn.Module:
+        return resample_layer(c_in, c_out, 1, up)
+
+    def interact(self, v: Tensor, t: Tensor, pad: Tensor | None):
+        return self.ita_v(v, t), self.ita_t(t, v), (v, t)
+
+
+# Decoder (Sec. 3.3)
 
 
 def conv_layer(c_in: int, c_out: int, kernel: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False), nn.BatchNorm2d(c_out),
-                         nn.ReLU())
+    """Convolution, BatchNorm, ReLU; the size of the map stays."""
+    conv = nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU())
 
 
 class CoordConv(nn.Module):
-    """A 3x3 convolution that also sees where it is: x and y in -1..1 as two more channels (Eq. 7)."""
+    """Eq. 7: a 3x3 convolution over a map and its coordinates, x and y in -1..1, as two more channels."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__()
@@ -315,33 +524,34 @@ class CoordConv(nn.Module):
 
 
 class Neck(nn.Module):
-    """Eq. 6 and 7: three levels of the vision tower, each weighted by the text, become one map. -> (B, dim, H, W)"""
+    """Eq. 6 and 7, the Hierarchical Alignment Module: three maps, each multiplied by its attention to the text, become
+    one."""
 
     def __init__(self, c: Config, widths: tuple[int, ...], strides: tuple[int, ...], text_width: int):
         super().__init__()
-        dim, self.gate = c.head_dim, c.neck_fusion == "gate"
+        dim = c.head_dim
         self.txt_proj = nn.Linear(text_width, dim) if c.text_proj or text_width != dim else nn.Identity()
         self.f_proj = nn.ModuleList(resample_layer(w, dim, s, up) for w, s, up in zip(widths, strides, UP))
-        self.fusion = nn.ModuleList(
-            nn.Sequential(nn.Linear(dim, dim), nn.Linear(dim, dim)) if self.gate else  # values, output: all that lives
-            nn.MultiheadAttention(dim, c.head_heads, batch_first=True) for _ in range(3))
+        self.fusion = nn.ModuleList(nn.MultiheadAttention(dim, c.head_heads, batch_first=True) for _ in range(3))
         self.aggr = conv_layer(3 * dim, dim, 1)
         self.coordconv = nn.Sequential(CoordConv(dim, dim), conv_layer(dim, dim, 3))
 
     def forward(self, maps: list[Tensor], f_s: Tensor) -> Tensor:
+        """maps: three of (B, C_i, h_i, w_i); f_s: sentence (B, C') -> F_v (B, dim, H, W)"""
         text = self.txt_proj(f_s)[:, None]                       # (B, 1, dim)
         levels = []
-        for f_v, proj, fusion in zip(maps, self.f_proj, self.fusion):
-            v = proj(f_v)                                        # (B, dim, H, W)  Eq. 6, line 1
-            q = v.flatten(2).transpose(1, 2)                     # (B, N, dim)
-            a = fusion(text).expand_as(q) if self.gate else fusion(q, text, text, need_weights=False)[0]
-            levels.append(v * a.transpose(1, 2).view_as(v))      # Eq. 6, line 2
+        for x, proj, fusion in zip(maps, self.f_proj, self.fusion):
+            x = proj(x)                                          # (B, dim, H, W)  Eq. 6, line 1
+            q = x.flatten(2).transpose(1, 2)                     # (B, N, dim)
+            a = fusion(q, text, text, need_weights=False)[0]
+            levels.append(x * a.transpose(1, 2).view_as(x))      # (B, dim, H, W)  Eq. 6, line 2
         f_m = self.aggr(torch.cat(levels, 1))                    # (B, dim, H, W)  Eq. 6, line 3
-        return self.coordconv(f_m)                               # Eq. 7
+        return self.coordconv(f_m)                               # (B, dim, H, W)  Eq. 7
 
 
 class DecoderLayer(nn.Module):
-    """Eq. 8: MHSA over the map, MHCA to the words, feed-forward; norms before all and after the attentions, as CRIS."""
+    """Eq. 8: self-attention of the map, cross-attention to the words, FFN; a norm before each, and behind both
+    attentions."""
 
     def __init__(self, dim: int, heads: int, ffn: int, dropout: float):
         super().__init__()
@@ -355,7 +565,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, f_t: Tensor, pad: Tensor | None, x_pos: Tensor, t_pos: Tensor) -> Tensor:
-        """x: (B, N, dim); f_t: (B, L, dim); pad: (B, L), True = padding."""
+        """x: (B, N, dim); f_t: (B, L, dim); pad: (B, L), True = padding -> (B, N, dim)"""
         y = self.norm1(x)
         y = self.self_attn(y + x_pos, y + x_pos, y, need_weights=False)[0]
         x = x + self.dropout(self.self_attn_norm(y))             # Eq. 8, line 1
@@ -366,7 +576,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """F_v, words -> F_c (Eq. 8)."""
+    """The Global Alignment Module: sine positions, the layers of Eq. 8, a final norm."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -376,6 +586,7 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, f_v: Tensor, f_t: Tensor, pad: Tensor | None) -> Tensor:
+        """f_v: the neck's map (B, dim, H, W); f_t: words (B, L, dim); pad: (B, L) -> F_c (B, dim, H, W)"""
         b, dim, h, w = f_v.shape
         x = f_v.flatten(2).transpose(1, 2)                       # (B, N, dim)
         x_pos, t_pos = sine_2d(h, w, dim, x), sine_1d(f_t.shape[1], dim, f_t)
@@ -387,77 +598,68 @@ class Decoder(nn.Module):
 
 
 class Projector(nn.Module):
-    """Eq. 9, and the product Z_t . Z_c of Eq. 11: the sentence becomes a 3x3 kernel and a bias for the map."""
+    """Eq. 9: the sentence becomes a 3x3 kernel and a bias, with which the enlarged map is convolved."""
 
     def __init__(self, dim: int, text_width: int):
         super().__init__()
         up = nn.Upsample(scale_factor=2, mode="bilinear")
         self.vis = nn.Sequential(up, conv_layer(dim, dim, 3), up, conv_layer(dim, dim // 2, 3),
                                  nn.Conv2d(dim // 2, dim // 2, 1))
-        self.txt = nn.Linear(text_width, dim // 2 * 9 + 1)  # 3x3 weights and a bias
+        self.txt = nn.Linear(text_width, dim // 2 * 9 + 1)       # a 3x3 kernel and a bias
 
     def forward(self, f_c: Tensor, f_s: Tensor) -> Tensor:
+        """f_c: the decoder's map (B, dim, H, W); f_s: sentence (B, C') -> logits (B, 1, 4H, 4W)"""
         z_c = self.vis(f_c)                                      # (B, dim/2, 4H, 4W)  Eq. 9, lines 1 and 2
         z_t = self.txt(f_s)                                      # (B, dim/2 * 9 + 1)  Eq. 9, line 3
         b, d, h, w = z_c.shape
-        # each sample has its own 3x3 kernel. The nine products first, then their shifted sum (fold mirrors, hence
-        # flip): the same convolution, several times faster than one group per sample
+        # A 3x3 convolution with a kernel for each sample: the nine products, then their shifted sum. fold mirrors the
+        # kernel, hence flip. Several times faster than a grouped convolution with one group for each sample.
         kernel = z_t[:, :-1].reshape(b, d, 9).flip(2).transpose(1, 2)  # (B, 9, dim/2)
         with in_full_precision(z_c):
-            out = F.fold(kernel.float() @ z_c.float().flatten(2), (h, w), 3, padding=1)  # (B, 1, 4H, 4W)
-            return out + z_t[:, -1].float().view(b, 1, 1, 1)
+            out = F.fold(kernel.float() @ z_c.float().flatten(2), (h, w), 3, padding=1)
+            return out + z_t[:, -1].float().view(b, 1, 1, 1)     # (B, 1, 4H, 4W)  Z_t . Z_c of Eq. 11
 
 
-# The model
+# The model (Fig. 2) and its loss (Sec. 3.4)
 
 
 class ETRIS(nn.Module):
-    """The whole model: frozen CLIP, Bridgers, head. `c` comes from config(); `weights` is "pretrained", "random", or
-    a file of CLIP's. Raises UserError where weights are missing or do not fit."""
+    """The whole model: frozen CLIP, Bridgers, decoder. `c` comes from config(); `weights`: see build_clip. Raises
+    UserError where weights are missing or do not fit."""
 
     task = "mask"
 
     def __init__(self, c: Config, weights: str = "random"):
         super().__init__()
-        self.c = c
-        self.clip = build_tower(c.backbone, weights)
-        visual, (text_width, sentence_width) = self.clip.visual, self.clip.text_projection.shape
-        self.resnet, self.dino = hasattr(visual, "attnpool"), "dino" in BACKBONES[c.backbone]
-        self.prefix = 5 if self.dino else 1  # tokens of no place: the class, and DINOv2's registers
-        if self.resnet:
-            base = visual.conv3.out_channels
-            widths, pixels, strides = (8 * base, 16 * base, 32 * base), (8, 16, 32), (2, 1, 2)
-        else:
-            width, patch = (visual.config.hidden_size, visual.config.patch_size) if self.dino else (
-                visual.conv1.out_channels, visual.patch_size[0])
-            widths, pixels, strides = (width,) * 3, (patch,) * 3, (1, 1, 1)
-        last = widths[2] if self.dino else sentence_width  # CLIP projects its last map, DINOv2 has no projection
-        sides = [c.image_size // p for p in pixels]
-        self.bridgers = nn.ModuleDict({
-            str(i): Bridger(c, i, width, text_width, side, sides[1], linked=i > min(c.bridger_stages))
-            for i, width, side in zip(STAGES, widths, sides) if i in c.bridger_stages})
+        self.c, kind = c, BACKBONES[c.backbone]["kind"]
+        self.clip = build_clip(c.backbone, weights)
+        text_width, sentence_width = self.clip.text_projection.shape
+        self.tower = tower = TOWERS[kind](self.clip.visual, c.blocks, sentence_width)
+        sides = [c.image_size // s for s in tower.strides]
+        self.preprocess = Preprocess(c.image_size, "letterbox", "bicubic", *tower.mean_std)
+        # Random values are drawn in the order towers, decoder, Bridgers: each --tune starts from the same decoder.
+        ratios = tuple(max(s, sides[1]) // min(s, sides[1]) for s in sides)  # to the size of stage 3's map
         if c.hierarchical_alignment:
-            self.neck = Neck(c, (*widths[:2], last), strides, sentence_width)
+            self.neck = Neck(c, (*tower.widths[:2], tower.out_width), ratios, sentence_width)
         else:
-            self.neck = resample_layer(last, c.head_dim, strides[2], up=True)
+            self.neck = resample_layer(tower.out_width, c.head_dim, ratios[2], up=True)
         self.decoder = Decoder(c) if c.global_alignment else None
         self.proj = Projector(c.head_dim, sentence_width)
-        self.preprocess = Preprocess(c.image_size, "letterbox", "bicubic", *(IMAGENET if self.dino else CLIP))
         if c.connect:  # under the public code's name
-            visual.attnpool.connect = nn.Sequential(nn.Conv2d(widths[2], sentence_width, 1, bias=False),
-                                                    nn.BatchNorm2d(sentence_width))
-        if c.train_positions and not self.resnet:  # the public code trains a table of the input's grid
-            table = resized(visual.positional_embedding.detach(), (sides[0], sides[0]))
-            visual.positional_embedding = nn.Parameter(table)
+            self.clip.visual.attnpool.connect = nn.Sequential(
+                nn.Conv2d(tower.widths[2], sentence_width, 1, bias=False), nn.BatchNorm2d(sentence_width))
         self.clip.requires_grad_(c.tune == "full")
-        for positions in (self.clip, visual.attnpool if self.resnet else visual) if c.train_positions else ():
-            positions.positional_embedding.requires_grad_(True)
-        # nothing reads these here, so nothing can train them
-        self.clip.logit_scale.requires_grad_(False)
-        if self.dino:
-            visual.embeddings.mask_token.requires_grad_(False)
-        text = {n: m for n, m in dict(self.clip.named_modules()).items() if not n.startswith("visual")}
-        self.baseline = baselines.add(c, dict(visual.named_modules()), text, self.clip.token_embedding)
+        if c.train_positions:
+            self.clip.positional_embedding.requires_grad_(True)
+            tower.train_positions(sides[0])
+        for p in self.clip.logit_scale, *tower.unread:
+            p.requires_grad_(False)
+        bridger = Bridger if c.variant == "etris" else ReleasedBridger if kind == "resnet" else ReleasedViTBridger
+        self.bridgers = nn.ModuleDict({
+            str(i): bridger(c, i, width, text_width, side, sides[1], linked=i > min(c.bridger_stages))
+            for i, width, side in zip(STAGES, tower.widths, sides) if i in c.bridger_stages})
+        text = {n: m for n, m in self.clip.named_modules() if not n.startswith("visual")}
+        self.baseline = baselines.add(c, dict(self.clip.visual.named_modules()), text, self.clip.token_embedding)
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """What the parameter tables count."""
@@ -466,152 +668,57 @@ class ETRIS(nn.Module):
 
     def train(self, mode: bool = True) -> ETRIS:
         super().train(mode)
-        if self.c.tune != "full":  # frozen is frozen: nothing in the towers may depend on the mode
+        if self.c.tune != "full":  # BatchNorm of the frozen towers keeps its statistics
             self.clip.eval()
         return self
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
-        """CLIP's BPE, lower case; start, words, end, zeros; cut to `words` with the end kept. -> (B, words)"""
-        return baselines.prompted(tokenizers.clip_tokens(list(sentences), self.c.words, self.clip.token_embedding.num_embeddings), self.c)
+        """CLIP's BPE, lower case: start, words, end, zeros; cut to `words` tokens, the end kept. -> (B, words)"""
+        tokens = clip_tokens(list(sentences), self.c.words, self.clip.token_embedding.num_embeddings)
+        return baselines.prompted(tokens, self.c)
 
-    def encode(self, images: Tensor, tokens: Tensor,
-               bridged: bool = True) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-        """(B, 3, H, W), (B, L) -> maps of the three stages, words F_t (B, L, C), sentence F_s (B, C'), padding (B, L),
-        True after the end token."""
-        clip, n = self.clip, tokens.shape[1]
+    def encode(self, images: Tensor, tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+        """(B, 3, H, W), (B, L) -> maps F_v of stages 2 to 4, words F_t (B, L, C), sentence F_s (B, C'), padding (B, L),
+        True after the end token"""
+        clip, tower, n = self.clip, self.tower, tokens.shape[1]
         end = tokens.argmax(1)                                   # the end token has the highest id
-        pad = torch.arange(n, device=end.device) > end[:, None]
-        v, grid = self.image_start(images)
+        pad = torch.arange(n, device=end.device) > end[:, None]  # (B, L)
+        grid = tuple(side // tower.strides[2] for side in images.shape[2:])
+        v = tower.start(images)                                  # (B, C, H/4, W/4), or tokens (B, 1+N, C)
         t = clip.token_embedding(tokens) + clip.positional_embedding[:n]  # (B, L, C)
-        maps, memory = [], None
-        for i in STAGES:
-            v = self.image_stage(v, i)
-            for block in clip.transformer.resblocks[self.blocks_of(i)]:
+        maps, last = [], None
+        for i, first, after in zip(STAGES, (0, *self.c.blocks), self.c.blocks):
+            v = tower.stage(v, i)
+            for block in clip.transformer.resblocks[first:after]:
                 t = block(t, attn_mask=clip.attn_mask[:n, :n])
-            if bridged and str(i) in self.bridgers:
-                f_v, f_t, memory = self.bridgers[str(i)](self.as_map(v, grid), t, memory,
-                                                         pad if self.c.mask_padding else None)
-                if not self.resnet:  # tokens of no place get nothing
-                    f_v = F.pad(f_v.flatten(2).transpose(1, 2), (0, 0, self.prefix, 0))  # (B, 1+N, C)
-                v = v + f_v                                      # Eq. 3, line 3
+            if str(i) in self.bridgers:
+                f_v, f_t, last = self.bridgers[str(i)](tower.as_map(v, grid), t, last, pad)
+                v = tower.add(v, f_v)                            # Eq. 3, line 3
                 t = t + f_t                                      # Eq. 3, line 4
-            maps.append(self.as_map(v, grid))
-        maps[2] = self.image_end(v, grid)
+            maps.append(tower.as_map(v, grid))                   # (B, C_i, h_i, w_i)
+        maps[2] = tower.end(v, grid)
         f_t = clip.ln_final(t)                                   # (B, L, C)
         f_s = f_t[torch.arange(len(end), device=end.device), end] @ clip.text_projection  # (B, C')
         return maps, f_t, f_s, pad
 
-    def image_start(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """What comes before stage 2, and the grid of a ViT's patches."""
-        visual = self.clip.visual
-        if self.dino:
-            patch = visual.config.patch_size
-            return visual.embeddings(images), (images.shape[2] // patch, images.shape[3] // patch)
-        x = visual.stem(images) if self.resnet else visual.conv1(images)
-        grid = tuple(x.shape[-2:])
-        if self.resnet:
-            return visual.layer1(x), grid                        # (B, C, H/4, W/4)
-        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
-        return visual.ln_pre(x + resized(visual.positional_embedding, grid)), grid  # (B, 1+N, C)
-
-    def image_stage(self, v: Tensor, i: int) -> Tensor:
-        if self.resnet:
-            return getattr(self.clip.visual, f"layer{i}")(v)
-        blocks = self.clip.visual.encoder.layer if self.dino else self.clip.visual.transformer.resblocks
-        for block in blocks[self.blocks_of(i)]:
-            v = block(v)
-            v = v[0] if isinstance(v, tuple) else v  # DINOv2's, before transformers 5
-        return v
-
-    def blocks_of(self, i: int) -> slice:
-        """Of the text tower, or of a ViT, in stage i."""
-        ends = (0, *self.c.blocks)
-        return slice(ends[i - 2], ends[i - 1])
-
-    def as_map(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        return v if self.resnet else v[:, self.prefix:].transpose(1, 2).unflatten(2, grid)  # (B, C, H, W)
-
-    def image_end(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """CLIP's projection to the space it shares with text, at every place. -> (B, C', H, W)"""
-        if self.resnet:
-            return attention_pool(self.clip.visual.attnpool, v)
-        if self.dino:
-            return self.as_map(self.clip.visual.layernorm(v), grid)
-        return self.as_map(self.clip.visual.ln_post(v) @ self.clip.visual.proj, grid)
-
-    def forward(self, images: Tensor, tokens: Tensor, maps: dict[str, Tensor] | None = None) -> Tensor:
-        """(B, 3, H, W) normalised pictures, (B, L) tokens -> logits (B, 1, H/4, W/4); for a ViT, 4 to a patch side.
-
-        `maps` gets the length of the vision features at each place, as Fig. 3: with Bridgers and without.
-        """
-        levels, f_t, f_s, pad = self.encode(images, tokens)
-        if maps is not None:
-            maps |= {f"features, level {n}": level.norm(dim=1) for n, level in enumerate(levels, 1)}
-            if self.bridgers:
-                maps |= {f"level {n} without Bridgers": level.norm(dim=1)
-                         for n, level in enumerate(self.encode(images, tokens, bridged=False)[0], 1)}
-        f_v = self.neck(levels, f_s) if self.c.hierarchical_alignment else self.neck(levels[2])
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised images, (B, L) tokens -> logits (B, 1, H/4, W/4); for a ViT, 4 per patch side"""
+        maps, f_t, f_s, pad = self.encode(images, tokens)
+        f_v = self.neck(maps, f_s) if self.c.hierarchical_alignment else self.neck(maps[2])  # (B, dim, H/16, W/16)
+        f_c = f_v
         if self.decoder is not None:
-            words = self.c.decoder_text == "words"
-            f_v = self.decoder(f_v, f_t, pad) if words else self.decoder(f_v, f_s[:, None], None)
-        return self.proj(f_v, f_s)
+            keys = (f_t, pad) if self.c.decoder_text == "words" else (f_s[:, None], None)
+            f_c = self.decoder(f_v, *keys)                       # (B, dim, H/16, W/16)
+        return self.proj(f_c, f_s)
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Eq. 10 and 11, a mean over pixels at the logits' size; masks: (B, H, W) in 0..1 on the canvas."""
-        target = F.interpolate(masks[:, None], logits.shape[-2:])  # nearest
+        """Mean over pixels at the size of the logits; masks: (B, H, W) in 0..1 on the canvas."""
+        target = F.interpolate(masks[:, None], logits.shape[-2:])  # (B, 1, H/4, W/4), the nearest pixel
         logits = logits.float()
-        loss = F.binary_cross_entropy_with_logits(logits, target)  # Eq. 10, 11
+        loss = F.binary_cross_entropy_with_logits(logits, target)  # Eq. 10 and 11
         if self.c.dice:
             loss = loss + self.c.dice * dice_loss(logits, target)
         return loss
 
 
 Model = ETRIS  # the name by which train.py and evaluate.py know it
-
-
-# Towers (Sec. 3.1)
-
-
-def attention_pool(pool: nn.Module, x: Tensor) -> Tensor:
-    """CLIP's attention pool with every place as a query, none of them the mean. (B, C, H, W) -> (B, C', H, W)"""
-    grid = tuple(x.shape[-2:])
-    y = x.flatten(2).transpose(1, 2) + resized(pool.positional_embedding, grid)[1:]  # (B, N, C)
-    q, k, v = (p(y).unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for p in (pool.q_proj, pool.k_proj, pool.v_proj))
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
-    y = pool.c_proj(y).transpose(1, 2).unflatten(2, grid)        # (B, C', H, W)
-    return F.relu(y + pool.connect(x)) if hasattr(pool, "connect") else y
-
-
-def resized(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Positions (1 + n, C), the first of no place, for another grid. -> (1 + H*W, C)"""
-    side = int((len(table) - 1) ** 0.5)
-    if grid == (side, side):
-        return table
-    places = F.interpolate(table[1:].T.unflatten(1, (side, side))[None], grid, mode="bicubic")
-    return torch.cat([table[:1], places[0].flatten(1).T])
-
-
-def build_tower(backbone: str, weights: str) -> open_clip.CLIP:
-    """CLIP, random or from a file that OpenAI or the Hugging Face hub publish.
-
-    `weights`: "random", "pretrained" (the hub's cache, or downloaded) or a file; for DINOv2 its file and CLIP's.
-    """
-    names = BACKBONES[backbone]
-    released.check_released(backbone, weights)
-    clip = open_clip.CLIP(**names["clip"])
-    if "dino" in names:
-        from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-        del clip.visual
-        dino = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, image_size=518))
-        if weights != "random":
-            released.load_dinov2_and_clip(dino, clip, weights, names["hub"], backbone)
-        clip.visual = dino
-        return clip
-    if hasattr(clip.visual, "attnpool"):  # a ResNet: a training step takes 4 (RN101) to 12 % (tiny) less on a CPU
-        clip.visual.to(memory_format=torch.channels_last)
-    if weights != "random":
-        released.load_clip(clip, weights, names["hub"], backbone)
-    return clip
-
-

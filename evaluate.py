@@ -321,8 +321,9 @@ def ask(model, image: np.ndarray, sentence: str, threshold: float | None = None,
 @torch.no_grad()
 def attention(model, image: np.ndarray, sentence: str) -> dict[str, np.ndarray]:
     """What a model looks at in a picture (H, W, 3) for a sentence: maps (H, W) by their names."""
-    device, pre, maps = next(model.parameters()).device, model.preprocess, {}
-    model(data.to_canvas(image, pre)[None].to(device), model.tokenize([sentence]).to(device), maps)
+    device, pre = next(model.parameters()).device, model.preprocess
+    maps = draw.attention_maps(model, data.to_canvas(image, pre)[None].to(device),
+                               model.tokenize([sentence]).to(device))
     return {name: data.from_canvas(m[0].float().cpu(), image.shape[:2], pre).numpy() for name, m in maps.items()}
 
 

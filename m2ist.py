@@ -1,43 +1,60 @@
 """M2IST: Multi-Modal Interactive Side-Tuning for Efficient Referring Expression Comprehension (Liu, Liu, Huang et al.,
-arXiv:2407.01131). The answer is a box.
+2024, https://arxiv.org/abs/2407.01131). It predicts a box.
 
-Two frozen encoders, DETR's for the picture and BERT for the sentence, are read once, without a graph. Beside each
-runs a side network of small adapters: an IEA for what a layer's attention gives, whose last up-projection both
-encoders share, and a VEA or LEA for what its feed-forward network gives. Gradients flow through these alone. A
-vision-language encoder reads both results behind a [REG] token, which becomes the box.
+DETR encodes the image and BERT the sentence. Both stay frozen and run without gradients. Beside each encoder runs a
+side network of small adapters (M3ISA): an IEA reads the attention output of a layer, a VEA or LEA reads the output of
+its feed-forward network. The IEAs of both encoders share one up-projection, which connects the modalities. A
+vision-language (V-L) encoder fuses the results, and a head regresses the box from its [REG] token.
 
     Sec. III-A a         vision encoder                DETR, M2IST.encode_image
     Sec. III-A b         language encoder              bert_sublayers, M2IST.encode_text
-    Sec. III-A c         vision-language encoder       M2IST.forward
-    Sec. III-B, Eq. 1    VEA, LEA                      Experts
-    Sec. III-B, Eq. 2-5  IEA                           IEA
-    Sec. III-B b         side networks                 M3ISA, M2IST.side
-    Sec. III-B c, Eq. 6  loss                          M2IST.loss
-    Fig. 3, Table VII    forms of insertion            M2IST.inserted, Config.insertion
-    Tables I to X        their rows                    TABLES; Config.tune, .mha_adapter, .ffn_adapter, ...
+    Sec. III-A c         V-L encoder, head             M2IST.forward
+    Eq. 1, Fig. 2 right  VEA, LEA                      Experts
+    Eq. 2-5, Fig. 2      IEA                           IEA
+    Sec. III-B b, Fig. 2 side networks                 M3ISA, M2IST.side_network
+    Eq. 6                loss                          M2IST.loss
+    Fig. 1               what is trained               Config.tune (a: full, b: adapter, c: method)
+    Fig. 3, Table VII    forms of insertion            M2IST.add_sublayer, Config.insertion
+    Fig. 4               attention of [REG]            toolbox/draw.py
+    Tables I, II, IV-X   their rows                    toolbox/tables.py
 
-The side networks, for layer i of vision (v) and its partner in language (l); the paper has no formula for them:
+The side stream h of an encoder. The paper describes it in words only:
 
-    h^0 = z                                  the encoder's first tokens, without positions
-    h^i = h^(i-1) + IEA_i(a_i) + VEA_i(m_i)  a_i, m_i: attention and feed-forward, before residual and norm; LEA for l
-    f   = e + LN(h^6)                        e: what the frozen encoder gives in the end; LN without parameters
-    f_v = [z_v W_v, z_v W_shared], f_l = [z_l W_l, z_l W_shared] in Eq. 2 and 3: what is shared comes last
+    h = z + sum over i of (IEA_i(a_i) + VEA_i(m_i))    in language, LEA_i in place of VEA_i
+    f = e + LN(h)                                      what the V-L encoder receives; LN has no parameters
 
-Deviations (the paper is silent, contradicts its printed figures, or its public code does otherwise):
-  * h as above: with s = 0 it is the first tokens and all that the paired layers' sublayers would add to them. The
-    public code reads BERT's attention after its norm, and leaves out the skips of Eq. 1, 4 and 5 and the s of the IEAs.
-  * The paper "does not show the LayerNorm"; ours is one over the whole of h, as its scale depends on the weights. The
-    public code puts BERT's frozen norms behind each adapter of the text, where they cancel s.
-  * Language layers are 7 to 12, as in Table VIII; the public code has 1 to 6, and runs their norms twice.
-  * Projections have biases, which start at 0; weights are Kaiming normal. The public code's are Xavier, N(0, 0.02) and
-    biases up to 1. 2.96 M are trained in the adapters; the printed 3.19 M are met by counting 0.2 M twice (TABLES).
-  * Frozen encoders are in eval mode; the public code leaves their dropout on. --tune full trains as TransVG does:
-    without the ResNet's stem and first stage, and all its BatchNorms frozen.
-  * lambda is not printed: 1, the public code's, which has L1 where Eq. 6 has smooth L1 (smooth_l1_beta 0).
-  * An epoch is every sentence once, as in TransVG, and so are the augmentations, whose mistakes data.py mends.
-  * `tiny` is this project's: it is trained from scratch, adds positions to the tokens themselves (vl_position), and
-    learns by a loss on tokens too (token_loss), without which it hardly looks at the picture. Its words have no
-    vocabulary but are numbered by their checksum, as they are for --weights random.
+z: the tokens that enter the encoder, without positions. a_i, m_i: outputs of attention and of the feed-forward network
+in the i-th layer with adapters, before residual and norm. e: the output of the frozen encoder. Eq. 1, 4 and 5 contain
+x + ..., so h contains a_i and m_i themselves: with s = 0, h = z + sum over i of (a_i + m_i).
+
+Deviations:
+    where               | the paper                  | here                           | the public code
+    ------------------- | -------------------------- | ------------------------------ | --------------------------------
+    side stream         | skip connections           | h and f, as above              | x + left out, and s in IEA
+    input of IEA (text) | output of attention        | before residual and norm       | after residual and norm
+    LayerNorm of M3ISA  | not shown                  | one, over h                    | per adapter; BERT's cancels s
+    order in Eq. 2, 3   | not legible                | shared channels last           | shared channels last
+    parallel (Fig. 3 b) | x + in Eq. 1, 4, 5         | dropped: the layer has its own | not released
+    language layers     | 7 to 12 (Table VIII)       | 7 to 12                        | 1 to 6, their norms run twice
+    BERT's token types  | not mentioned              | added, as in BERT              | left out
+    biases of adapters  | none in Eq. 1 to 3         | start at 0                     | in vision, start in 0..1
+    init of adapters    | Kaiming normal             | Kaiming normal                 | Xavier; text, shared N(0, 0.02)
+    init of the rest    | Xavier (V-L encoder)       | and PyTorch's for proj., head  | as here for the V-L encoder
+    size of adapters    | 3.19 M                     | 2.96 M                         | 2.99 M; 0.2 M counted twice
+    frozen encoders     | frozen                     | in eval mode                   | dropout stays on
+    --tune full         | fully fine-tuned           | not stem, layer1, BatchNorms   | as here (TransVG)
+    Eq. 6               | smooth L1; no lambda given | beta 1, lambda 1               | L1 (beta 0), lambda 1
+    epochs on RefCOCOg  | 90                         | 90                             | 120 or 180
+    an epoch            | not stated                 | every sentence once            | every sentence once
+    augmentation        | not described              | TransVG's, corrected (data.py) | TransVG's
+    words against crops | not described              | also center, upper, edge, ...  | left, right, top, bottom, middle
+    color jitter        | not described              | before resizing                | after resizing
+    precision           | not stated                 | bf16 on a GPU (memory differs) | fp32
+    tiny                | none                       | vl_position, token_loss        | none
+
+Boxes lie in 0..1, where smooth L1 with beta 1 is always quadratic: an error of 0.05 costs 0.001, but 0.05 with L1.
+GIoU therefore dominates Eq. 6. `tiny` belongs to this project: it adds positions to the tokens, and token_loss makes
+[REG] attend to the object. Its words, and those of --weights random, are numbered by checksum.
 """
 
 from __future__ import annotations
@@ -55,12 +72,14 @@ from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou_
 from transformers import BertConfig, BertModel
 
 from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision
-from toolbox import baselines, tokenizers, weights as released
+from toolbox import baselines
+from toolbox.tokenizers import CLS, SEP, bert_vocabulary, bert_wordpieces, no_vocabulary
+from toolbox.weights import check_released, load_detr_and_bert
 
 BACKBONES = {  # Sec. III-A
     "detr-resnet-50": dict(
         detr=dict(resnet=(Bottleneck, (3, 4, 6, 3)), stage="layer4", dim=256, heads=8, ffn=2048, layers=6, dropout=0.1),
-        bert=dict(), frozen=("conv1", "layer1")),  # in full tuning, by TransVG
+        bert=dict(), frozen=("conv1", "layer1")),  # frozen with --tune full too, as in TransVG
     "tiny": dict(
         detr=dict(resnet=(BasicBlock, (1, 1, 1, 1)), stage="layer2", dim=64, heads=2, ffn=128, layers=2, dropout=0.0),
         bert=dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
@@ -70,93 +89,93 @@ BACKBONES = {  # Sec. III-A
 STRIDES = dict(layer1=4, layer2=8, layer3=16, layer4=32)
 VARIANTS = ("m2ist",)
 TUNES = baselines.TUNES
-MIX = Literal["iea", "vea+lea", "vea", "lea", "none"]
+ADAPTERS = Literal["iea", "vea+lea", "vea", "lea", "none"]
 
 
 @dataclass(frozen=True)
 class Config(TrainConfig):
-    """Every setting of the paper. `config()` gives the ones of a backbone and data set."""
+    """Every setting, with the paper's default. `config()` gives the settings of a backbone and data set."""
 
     backbone: str = "detr-resnet-50"        # Sec. IV-B
     variant: str = "m2ist"
-    tune: str = "method"                    # Table V; "frozen" = row (a), the V-L encoder alone; "full" = Table I
+    tune: str = "method"                    # Table V (a): frozen, only the V-L encoder is trained; Table I: full
     # architecture
-    image_size: int = 640                   # pixels, a multiple of 32
-    words: int = 20                         # wordpieces with [CLS] and [SEP]; 40 for RefCOCOg
-    insertion: Literal["side", "parallel", "sequential"] = "side"  # Table VII
-    mha_adapter: MIX = "iea"                # Tables V and VI: what reads the attention's outputs
-    ffn_adapter: MIX = "vea+lea"            # and the feed-forward networks'
-    vision_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)   # Table VIII, counted from 0, paired in this order with
-    text_layers: tuple[int, ...] = (6, 7, 8, 9, 10, 11)
-    adapter_dim: int = 128                  # C_d of VEA and LEA, Table II
-    iea_dim: int = 128                      # C_d of IEA
-    interaction_dim: int = 256              # C_i, Table IX
-    adapter_scale: float = 0.1              # s
-    zero_init: bool = False                 # up-projections start at 0: not the paper's
-    vl_dim: int = 256                       # C_p
-    vl_heads: int = 8
-    vl_ffn: int = 2048
-    vl_layers: int = 6
-    vl_dropout: float = 0.1
-    vl_position: Literal["attention", "content"] = "attention"  # queries and keys; content: the tokens themselves too
-    giou: float = 1.0                       # lambda of Eq. 6
-    smooth_l1_beta: float = 1.0             # where the square ends; 0: L1
-    token_loss: float = 0.0                 # weight of a loss by which [REG] marks tokens in the box: not the paper's
-    # training (Sec. IV-B)
-    augment: bool = True                    # TransVG's scales, crops, colours and flips
-    every_sentence: bool = True             # in an epoch; else one of each object
-    epochs: int = 90
-    batch_size: int = 64                    # of all processes together
-    optimizer: Literal["adam", "adamw"] = "adamw"
-    adapter_lr: float = 0.1                 # times lr, for M3ISA
-    tower_lr: float = 0.1                   # times lr, for encoders that are trained, as TransVG
-    weight_decay: float = 1e-4
-    milestones: tuple[int, ...] = (60,)
+    image_size: int = 640                   # side of the canvas in pixels, a multiple of 32
+    words: int = 20                         # longest sentence in wordpieces, with [CLS] and [SEP]; 40 for RefCOCOg
+    insertion: Literal["side", "parallel", "sequential"] = "side"  # where M3ISA is inserted, Fig. 3, Table VII
+    mha_adapter: ADAPTERS = "iea"           # adapters that read attention outputs, Tables V and VI
+    ffn_adapter: ADAPTERS = "vea+lea"       # adapters that read feed-forward outputs, Tables V and VI
+    vision_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # DETR layers with M3ISA, counted from 0
+    text_layers: tuple[int, ...] = (6, 7, 8, 9, 10, 11)  # BERT layers paired with them in this order, Table VIII
+    adapter_dim: int = 128                  # C_d, bottleneck width of VEA and LEA, Table II
+    iea_dim: int = 128                      # C_d, bottleneck width of IEA
+    interaction_dim: int = 256              # C_i, channels that both modalities share in IEA, Table IX
+    adapter_scale: float = 0.1              # s, scale of all adapters, Sec. IV-B
+    zero_init: bool = False                 # up-projections of adapters start at 0 (not in the paper)
+    vl_dim: int = 256                       # C_p, width of the V-L encoder, Sec. III-A
+    vl_heads: int = 8                       # attention heads of the V-L encoder
+    vl_ffn: int = 2048                      # hidden width of its feed-forward networks
+    vl_layers: int = 6                      # layers of the V-L encoder, Sec. III-A
+    vl_dropout: float = 0.1                 # dropout in the V-L encoder
+    vl_position: Literal["attention", "content"] = "attention"  # add positions to queries, keys; content: to tokens too
+    giou: float = 1.0                       # lambda of Eq. 6, weight of GIoU
+    smooth_l1_beta: float = 1.0             # smooth L1 is quadratic below this error; 0: L1
+    token_loss: float = 0.0                 # weight of a loss on which image tokens lie in the box (not in the paper)
+    # training
+    augment: bool = True                    # random scale, crop, color jitter and flip, as in TransVG
+    every_sentence: bool = True             # as in TransVG
+    epochs: int = 90                        # Sec. IV-B, RefCOCO+: 180
+    batch_size: int = 64                    # Table I
+    optimizer: Literal["adam", "adamw"] = "adamw"  # Sec. IV-B
+    adapter_lr: float = 0.1                 # Sec. IV-B: 1e-5 for M3ISA
+    tower_lr: float = 0.1                   # as in TransVG
+    weight_decay: float = 1e-4              # Sec. IV-B
+    milestones: tuple[int, ...] = (60,)     # Sec. IV-B, RefCOCO+: 120
+
+
+REFCOCO_PLUS = dict(epochs=180, milestones=(120,))  # Sec. IV-B
+TINY = dict(image_size=64, words=12, vision_layers=(0, 1), text_layers=(0, 1), adapter_dim=32, iea_dim=32,
+            interaction_dim=32, vl_dim=64, vl_heads=2, vl_ffn=128, vl_layers=2, vl_dropout=0.0, vl_position="content",
+            token_loss=1.0, augment=False, steps=5000, batch_size=16, lr=5e-4, adapter_lr=2.0, tower_lr=2.0,
+            weight_decay=0.01, schedule="cosine", milestones=(), warmup=50, clip_norm=1.0, val_every=500)
+NO_ADAPTERS = dict(mha_adapter="none", ffn_adapter="none")
+BASELINE_DIMS = dict(adapter=(128, 128), adaptformer=(128, 128), lora=(55, 55), conv_adapter=(128, 0))  # Table I
 
 
 def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: str = "refcoco", **flags) -> Config:
-    """The settings of a backbone and data set, and over them what the user set."""
+    """The settings of a backbone and data set, overridden by `flags`."""
+    tune = flags.get("tune", "method")
     c = dict(backbone=backbone, variant=variant)
-    if dataset.startswith("refcocog") or dataset == "mixed":
-        c |= dict(words=40)
-    if dataset == "refcoco+":
-        c |= dict(epochs=180, milestones=(120,))
-    if backbone == "tiny":
-        c |= dict(image_size=64, words=12, vision_layers=(0, 1), text_layers=(0, 1), adapter_dim=32, iea_dim=32,
-                  interaction_dim=32, vl_dim=64, vl_heads=2, vl_ffn=128, vl_layers=2, vl_dropout=0.0,
-                  vl_position="content", token_loss=1.0, augment=False, steps=5000, batch_size=16, lr=5e-4,
-                  adapter_lr=2.0, tower_lr=2.0, weight_decay=0.01, schedule="cosine", milestones=(), warmup=50,
-                  clip_norm=1.0, val_every=500)
-    tune, wide = flags.get("tune", "method"), (128, 128)  # C_d, Sec. IV-C
-    c |= dict(baseline_dims=baselines.dims(tune, backbone == "tiny", adapter=wide, adaptformer=wide, lora=(55, 55),
-                                          conv_adapter=(128, 0)))
-    if not tune.startswith("method"):
-        c |= dict(mha_adapter="none", ffn_adapter="none")
-    c = Config(**(c | flags))
-    detr, text_layers = BACKBONES[backbone]["detr"], BertConfig(**BACKBONES[backbone]["bert"]).num_hidden_layers
-    layers, dim, stride = detr["layers"], detr["dim"], STRIDES[detr["stage"]]
+    c |= dict(words=40) if dataset.startswith("refcocog") or dataset == "mixed" else {}
+    c |= REFCOCO_PLUS if dataset == "refcoco+" else {}
+    c |= TINY if backbone == "tiny" else {}
+    c |= {} if tune.startswith("method") else NO_ADAPTERS
+    c = Config(**(c | dict(baseline_dims=baselines.dims(tune, backbone == "tiny", **BASELINE_DIMS)) | flags))
+    detr, bert = BACKBONES[backbone]["detr"], BertConfig(**BACKBONES[backbone]["bert"])
+    stride, longest = STRIDES[detr["stage"]], bert.max_position_embeddings - baselines.prompts(c)
 
     def rising(chosen: tuple[int, ...], n: int) -> bool:
         return list(chosen) == sorted(set(chosen) & set(range(n)))
 
     check_config(
-        c, baseline_dims=baselines.rule(c), vision_layers=(rising(c.vision_layers, layers), f"rising numbers, 0 to {layers - 1}"),
+        c, baseline_dims=baselines.rule(c),
+        vision_layers=(rising(c.vision_layers, detr["layers"]), f"rising numbers, 0 to {detr['layers'] - 1}"),
         image_size=(c.image_size % stride == 0, f"a multiple of {stride}"),
-        words=(3 <= c.words <= 512 - baselines.prompts(c), f"3 to {512 - baselines.prompts(c)} wordpieces, what BERT reads"),
-        text_layers=(rising(c.text_layers, text_layers) and len(c.text_layers) == len(c.vision_layers),
-                     f"rising numbers, 0 to {text_layers - 1}, one for each of vision_layers"),
-        interaction_dim=(c.interaction_dim <= dim, f"at most {dim}, the width of the vision encoder"),
+        words=(3 <= c.words <= longest, f"3 to {longest} wordpieces, what BERT reads"),
+        text_layers=(rising(c.text_layers, bert.num_hidden_layers) and len(c.text_layers) == len(c.vision_layers),
+                     f"rising numbers, 0 to {bert.num_hidden_layers - 1}, one for each of vision_layers"),
+        interaction_dim=(c.interaction_dim <= detr["dim"], f"at most {detr['dim']}, the width of the vision encoder"),
         vl_heads=(lambda: c.vl_dim % c.vl_heads == 0, f"a divisor of vl_dim, {c.vl_dim}"),
         tune=(c.tune.startswith("method") or c.mha_adapter == c.ffn_adapter == "none",
-              "method, where there are adapters"))
+              "method, or mha_adapter and ffn_adapter none"))
     return c
 
 
-# M3ISA (Sec. III-B a)
+# Adapters, M3ISA (Sec. III-B a). `branch`: "vision" or "text"; `widths`: channels of each
 
 
 def linear(width_in: int, width_out: int, zero: bool = False) -> nn.Linear:
-    """Kaiming normal (Sec. IV-B), no bias at first; or all zeros."""
+    """Kaiming normal weights (Sec. IV-B), or zeros. The bias starts at 0."""
     layer = nn.Linear(width_in, width_out)
     nn.init.zeros_(layer.weight) if zero else nn.init.kaiming_normal_(layer.weight)
     nn.init.zeros_(layer.bias)
@@ -164,7 +183,7 @@ def linear(width_in: int, width_out: int, zero: bool = False) -> nn.Linear:
 
 
 class Experts(nn.Module):
-    """VEA for "vision", LEA for "text", or one of them: Eq. 1."""
+    """Intra-modality adapters: VEA for "vision", LEA for "text", or one of the two."""
 
     def __init__(self, c: Config, widths: dict[str, int]):
         super().__init__()
@@ -172,13 +191,13 @@ class Experts(nn.Module):
         self.down = nn.ModuleDict({branch: linear(w, c.adapter_dim) for branch, w in widths.items()})
         self.up = nn.ModuleDict({branch: linear(c.adapter_dim, w, c.zero_init) for branch, w in widths.items()})
 
-    def added(self, x: Tensor, branch: str) -> Tensor:
-        """(B, N, C) -> what Eq. 1 adds to x"""
-        return self.s * self.up[branch](F.relu(self.down[branch](x)))  # Eq. 1
+    def forward(self, x: Tensor, branch: str) -> Tensor:
+        """(B, N, C) -> (B, N, C)"""
+        return x + self.s * self.up[branch](F.relu(self.down[branch](x)))  # Eq. 1
 
 
 class IEA(nn.Module):
-    """Interaction Expert Adapter, Eq. 2 to 5: the last C_i channels of both branches come from one up-projection."""
+    """Interaction Expert Adapter. Both branches share the up-projection to the last C_i channels."""
 
     def __init__(self, c: Config, widths: dict[str, int]):
         super().__init__()
@@ -188,33 +207,39 @@ class IEA(nn.Module):
         self.up = nn.ModuleDict({branch: linear(d, w - c.interaction_dim, c.zero_init)
                                  for branch, w in widths.items() if w > c.interaction_dim})
 
-    def added(self, x: Tensor, branch: str) -> Tensor:
-        """(B, N, C) -> what Eq. 4 (vision) or 5 (text) adds to x"""
+    def forward(self, x: Tensor, branch: str) -> Tensor:
+        """(B, N, C) -> (B, N, C)"""
         z = F.relu(self.down[branch](x))                         # (B, N, C_d)
-        f = [up(z) for name, up in self.up.items() if name == branch] + [self.shared(z)]
-        return self.s * torch.cat(f, -1)                         # (B, N, C)  Eq. 2 to 5
+        f = self.shared(z)                                       # (B, N, C_i)
+        if branch in self.up:  # not where C = C_i
+            f = torch.cat([self.up[branch](z), f], -1)           # (B, N, C)  Eq. 2 (vision), 3 (text)
+        return x + self.s * f                                    # Eq. 4 (vision), 5 (text)
 
 
-def adapters(mix: str, c: Config, widths: dict[str, int]) -> nn.Module | None:
-    if mix == "iea":
+def build_adapter(kind: str, c: Config, widths: dict[str, int]) -> nn.Module | None:
+    if kind == "iea":
         return IEA(c, widths)
-    widths = {branch: w for branch, w in widths.items() if dict(vision="vea", text="lea")[branch] in mix}
+    widths = {branch: w for branch, w in widths.items() if dict(vision="vea", text="lea")[branch] in kind}
     return Experts(c, widths) if widths else None
 
 
 class M3ISA(nn.Module):
-    """The adapters of one pair of layers: `mha` for the attention's outputs, `ffn` for the feed-forward network's."""
+    """The adapters of a pair of layers: `mha` reads attention outputs, `ffn` outputs of feed-forward networks."""
 
     def __init__(self, c: Config, widths: dict[str, int]):
         super().__init__()
-        self.mha, self.ffn = (adapters(mix, c, widths) for mix in (c.mha_adapter, c.ffn_adapter))
+        self.mha, self.ffn = (build_adapter(kind, c, widths) for kind in (c.mha_adapter, c.ffn_adapter))
+
+    def of(self, branch: str) -> list[nn.Module | None]:
+        """The adapters of a branch, [mha, ffn]; None where it has none."""
+        return [m if m is not None and branch in m.down else None for m in (self.mha, self.ffn)]
 
 
 # Encoders (Sec. III-A)
 
 
 class EncoderLayer(nn.Module):
-    """DETR's transformer layer: post-norm, positions added to queries and keys. Also that of the V-L encoder."""
+    """A post-norm transformer layer of DETR and of the V-L encoder. Positions are added to queries and keys."""
 
     def __init__(self, dim: int, heads: int, ffn: int, dropout: float):
         super().__init__()
@@ -227,7 +252,7 @@ class EncoderLayer(nn.Module):
                 nn.init.xavier_uniform_(p)
 
     def sublayers(self, pos: Tensor, pad: Tensor):
-        """Its four steps: attention, norm, feed-forward network, norm; pos (.., N, C), pad (B, N), True = padding."""
+        """-> (attention, norm, feed-forward network, norm); pos (.., N, C), pad (B, N), True = padding"""
         def attend(x: Tensor) -> Tensor:
             q = x + pos
             return self.dropout(self.self_attn(q, q, x, key_padding_mask=pad, need_weights=False)[0])
@@ -244,7 +269,7 @@ class EncoderLayer(nn.Module):
 
 
 def bert_sublayers(layer: nn.Module, pad: Tensor):
-    """The same four steps of a layer of transformers' BertModel."""
+    """The same for a layer of transformers' BertModel: (attention, norm, feed-forward network, norm)"""
     attention, out, final = layer.attention.self, layer.attention.output, layer.output
 
     def attend(x: Tensor) -> Tensor:
@@ -262,7 +287,7 @@ def bert_sublayers(layer: nn.Module, pad: Tensor):
 
 
 class DETR(nn.Module):
-    """DETR's ResNet, 1x1 convolution and encoder layers, under its names but for their prefixes."""
+    """DETR's ResNet, 1x1 convolution and encoder layers. Modules have DETR's names without prefixes."""
 
     def __init__(self, resnet, stage: str, dim: int, heads: int, ffn: int, layers: int, dropout: float):
         super().__init__()
@@ -285,13 +310,13 @@ class DETR(nn.Module):
 
 
 def sine_positions(pad: Tensor, dim: int) -> Tensor:
-    """DETR's: rows and columns counted where there is no padding (B, H, W), scaled to 2 pi; half of the channels for y,
-    half for x, sine and cosine interleaved. -> (B, H * W, dim)"""
-    there = (~pad).float()
+    """DETR's positions of a grid with padding (B, H, W): rows and columns are counted without padding and scaled to
+    2 pi. Half of the channels for y, half for x, sine and cosine interleaved. -> (B, H * W, dim)"""
+    valid = (~pad).float()
     period = 1e4 ** (torch.arange(0, dim // 2, 2, device=pad.device) * 2 / dim)
     halves = []
     for axis in 1, 2:
-        at = there.cumsum(axis)
+        at = valid.cumsum(axis)
         at = 2 * torch.pi * at / (at.narrow(axis, at.shape[axis] - 1, 1) + 1e-6)  # (B, H, W)
         angle = at[..., None] / period                           # (B, H, W, dim / 4)
         halves.append(torch.stack([angle.sin(), angle.cos()], 4).flatten(3))
@@ -299,29 +324,28 @@ def sine_positions(pad: Tensor, dim: int) -> Tensor:
 
 
 class Encoded(NamedTuple):
-    """What an encoder gives for B inputs of N tokens: all that a side network reads. M is 0 without side networks."""
+    """Outputs of an encoder for B inputs of N tokens, which the side network reads. M = 0 without side networks."""
 
-    tokens: Tensor     # (B, N, C)     z, without positions
-    attention: Tensor  # (B, M, N, C)  a_i of the M layers with adapters
-    ffn: Tensor        # (B, M, N, C)  m_i
-    output: Tensor     # (B, N, C)     e
+    tokens: Tensor     # (B, N, C)     z, input of the first layer, without positions
+    attention: Tensor  # (B, M, N, C)  a_i, attention outputs of the M layers with adapters
+    ffn: Tensor        # (B, M, N, C)  m_i, outputs of their feed-forward networks
+    output: Tensor     # (B, N, C)     e, output of the last layer
     pad: Tensor        # (B, N)        True = padding
 
     def to(self, device, non_blocking: bool = False) -> Encoded:
         return Encoded(*(t.to(device, non_blocking=non_blocking) for t in self))
 
     def repeat(self, n: int) -> Encoded:
-        """The same input n times, for n sentences about one picture; B must be 1."""
+        """The same image for n sentences; B must be 1."""
         return Encoded(*(t.repeat(n, *[1] * (t.dim() - 1)) for t in self))
 
 
-# The model
+# Model
 
 
 class M2IST(nn.Module):
-    """The whole model: frozen encoders, side networks, V-L encoder, box head. `c` comes from config(); `weights` is
-    "pretrained", "random", or comma-separated files of the encoders. Raises UserError where they are missing or do
-    not fit."""
+    """Frozen encoders, side networks, V-L encoder and box head. `c`: from config(). `weights`: "pretrained", "random",
+    or two comma-separated files, DETR's and BERT's. Raises UserError for missing or wrong files."""
 
     task = "box"
 
@@ -331,8 +355,6 @@ class M2IST(nn.Module):
         self.detr, self.bert = build_encoders(c.backbone, weights)
         detr = BACKBONES[c.backbone]["detr"]
         widths = dict(vision=detr["dim"], text=self.bert.config.hidden_size)
-        pairs = len(c.vision_layers) if c.tune.startswith("method") else 0
-        self.m3isa = nn.ModuleList(M3ISA(c, widths) for _ in range(pairs))
         self.visu_proj, self.text_proj = (nn.Linear(w, c.vl_dim) for w in widths.values())
         n = 1 + baselines.prompts(c) + c.words + (c.image_size // STRIDES[detr["stage"]]) ** 2
         self.reg = nn.Embedding(1, c.vl_dim)
@@ -341,134 +363,136 @@ class M2IST(nn.Module):
                                         for _ in range(c.vl_layers))
         self.head = nn.Sequential(nn.Linear(c.vl_dim, c.vl_dim), nn.ReLU(), nn.Linear(c.vl_dim, c.vl_dim), nn.ReLU(),
                                   nn.Linear(c.vl_dim, 4))
+        # adapters come last, so that every way to tune starts from the same head
+        pairs = len(c.vision_layers) if c.tune.startswith("method") else 0
+        self.m3isa = nn.ModuleList(M3ISA(c, widths) for _ in range(pairs))
         self.preprocess = Preprocess(c.image_size, interpolation="bilinear", pad_channel=True, augment=c.augment)
         for encoder in self.detr, self.bert:
             encoder.requires_grad_(c.tune == "full")
         for name in BACKBONES[c.backbone]["frozen"]:
             getattr(self.detr.body, name).requires_grad_(False)
-        self.baseline = baselines.add(c, dict(self.detr.named_modules()), dict(self.bert.named_modules()), self.bert.embeddings.word_embeddings)
-        # through the encoders
-        self.graph = c.tune == "full" or baselines.baseline_of(c.tune) != "" or pairs > 0 and c.insertion != "side"
-        self.features_key = "" if self.graph else str(c.vision_layers)
+        self.baseline = baselines.add(c, dict(self.detr.named_modules()), dict(self.bert.named_modules()),
+                                      self.bert.embeddings.word_embeddings)
+        inserted = pairs > 0 and c.insertion != "side"
+        self.encoders_need_grad = c.tune == "full" or baselines.baseline_of(c.tune) != "" or inserted
+        self.features_key = "" if self.encoders_need_grad else str(c.vision_layers)
 
     def parts(self) -> dict[str, list[nn.Module]]:
-        """What the parameter tables count."""
         return dict(backbone=[self.detr, self.bert], adapter=[self.m3isa, *self.baseline],
                     head=[self.visu_proj, self.text_proj, self.reg, self.vl_position, self.vl_encoder, self.head])
 
     def train(self, mode: bool = True) -> M2IST:
         super().train(mode)
-        if self.c.tune != "full":  # frozen is frozen: no dropout either
+        if self.c.tune != "full":  # no dropout in frozen encoders
             self.detr.eval()
             self.bert.eval()
         return self
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
-        """BERT's wordpieces in lower case: [CLS], words, [SEP], zeros; cut to `words` with [SEP] kept. -> (B, words)"""
-        if not hasattr(self, "wordpieces"):  # made here, after a checkpoint may have brought its vocabulary
-            self.wordpieces = tokenizers.bert_wordpieces(self.bert.vocabulary)
-        rows = [[tokenizers.CLS, *ids[:self.c.words - 2], tokenizers.SEP] for ids in self.wordpieces(list(sentences))]
+        """Lower-case wordpieces of BERT: [CLS], words, [SEP], zeros. Words that do not fit are cut. -> (B, words)"""
+        if not hasattr(self, "wordpieces"):  # not in __init__: a checkpoint may load another vocabulary
+            self.wordpieces = bert_wordpieces(self.bert.vocabulary)
+        rows = [[CLS, *ids[:self.c.words - 2], SEP] for ids in self.wordpieces(list(sentences))]
         return baselines.prompted(torch.tensor([ids + [0] * (self.c.words - len(ids)) for ids in rows]), self.c)
 
-    def run(self, x: Tensor, layers: list, branch: str, where: tuple[int, ...], pad: Tensor) -> Encoded:
-        """A post-norm encoder over tokens x (B, N, C), whose layers `where` have M3ISA in or beside them."""
-        tokens, attention, ffn = x, [], []
+    # Encoders (Sec. III-A a, b)
+
+    def encode_image(self, images: Tensor) -> Encoded:
+        """Normalised images and a channel that is 1 in the padding (B, 4, S, S)"""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoders_need_grad):
+            z, pos, pad = self.detr.tokens(images)               # (B, N, C_v), (B, N, C_v), (B, N)
+            layers = [layer.sublayers(pos, pad) for layer in self.detr.layers]
+            return self.encode(z, layers, "vision", self.c.vision_layers, pad)
+
+    image_features = encode_image
+
+    def encode_text(self, tokens: Tensor) -> Encoded:
+        """Token ids (B, L), 0 = padding"""
+        pad = tokens == 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.encoders_need_grad):
+            z = self.bert.embeddings(tokens)                     # (B, L, C_l)
+            layers = [bert_sublayers(layer, pad) for layer in self.bert.encoder.layer]
+            return self.encode(z, layers, "text", self.c.text_layers, pad)
+
+    def encode(self, z: Tensor, layers: list, branch: str, with_adapters: tuple[int, ...], pad: Tensor) -> Encoded:
+        """Runs the sublayers of a post-norm encoder over tokens z (B, N, C)."""
+        x, attention, ffn = z, [], []
+        pairs = dict(zip(with_adapters, self.m3isa))
         for i, (attend, norm1, feed_forward, norm2) in enumerate(layers):
-            isa = self.m3isa[where.index(i)] if self.m3isa and i in where else None
+            mha_adapter, ffn_adapter = pairs[i].of(branch) if i in pairs else (None, None)
             a = attend(x)                                        # (B, N, C)
-            x = norm1(x + self.inserted(isa and isa.mha, x, a, branch))
+            x = norm1(self.add_sublayer(x, a, mha_adapter, branch))
             m = feed_forward(x)                                  # (B, N, C)
-            x = norm2(x + self.inserted(isa and isa.ffn, x, m, branch))
-            if isa is not None and self.c.insertion == "side":
+            x = norm2(self.add_sublayer(x, m, ffn_adapter, branch))
+            if i in pairs and self.c.insertion == "side":
                 attention.append(a)
                 ffn.append(m)
         none = x.new_zeros(len(x), 0, *x.shape[1:])
-        attention, ffn = (torch.stack(states, 1) if states else none for states in (attention, ffn))
-        return Encoded(tokens, attention, ffn, x, pad)
+        attention, ffn = (torch.stack(outputs, 1) if outputs else none for outputs in (attention, ffn))
+        return Encoded(z, attention, ffn, x, pad)
 
-    def inserted(self, mix: nn.Module | None, x: Tensor, y: Tensor, branch: str) -> Tensor:
-        """y = sublayer(x) with its adapter (a) behind or (b) beside the sublayer; (c) leaves it alone (Fig. 3)."""
-        if mix is None or branch not in mix.down or self.c.insertion == "side":
-            return y
-        return y + mix.added(y if self.c.insertion == "sequential" else x, branch)
+    def add_sublayer(self, x: Tensor, y: Tensor, adapter: nn.Module | None, branch: str) -> Tensor:
+        """The residual x + y around y = sublayer(x), with the adapter inserted as in Fig. 3."""
+        if adapter is None or self.c.insertion == "side":
+            return x + y                                         # Fig. 3 (c)
+        if self.c.insertion == "sequential":
+            return x + adapter(y, branch)                        # Fig. 3 (a)
+        return adapter(x, branch) + y                            # Fig. 3 (b): x + of the adapter is the residual
 
-    def encode_image(self, images: Tensor) -> Encoded:
-        """(B, 4, S, S): normalised pictures, and a channel that is 1 in the padding"""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.graph):
-            z, pos, pad = self.detr.tokens(images)
-            layers = [layer.sublayers(pos, pad) for layer in self.detr.layers]
-            return self.run(z, layers, "vision", self.c.vision_layers, pad)
+    # Side networks (Sec. III-B b)
 
-    image_features = encode_image  # what evaluate.py makes once for all sentences about a picture
+    def side_network(self, e: Encoded, branch: str) -> Tensor:
+        """The encoder's output plus that of its side network: f of the module docstring (B, N, C)"""
+        if self.c.insertion != "side":
+            return e.output
+        h, has_adapters = e.tokens, False
+        for i, pair in enumerate(self.m3isa):
+            for adapter, x in zip(pair.of(branch), (e.attention[:, i], e.ffn[:, i])):
+                if adapter is not None:
+                    h, has_adapters = h + adapter(x, branch), True
+        return e.output + F.layer_norm(h, h.shape[-1:]) if has_adapters else e.output
 
-    def encode_text(self, tokens: Tensor) -> Encoded:
-        """(B, L)"""
-        pad = tokens == 0
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.graph):
-            x = self.bert.embeddings(tokens)                     # (B, L, C_l)
-            layers = [bert_sublayers(layer, pad) for layer in self.bert.encoder.layer]
-            return self.run(x, layers, "text", self.c.text_layers, pad)
+    # V-L encoder and head (Sec. III-A c)
 
-    def side(self, e: Encoded, branch: str) -> Tensor:
-        """The encoder's output with that of its side network (B, N, C)"""
-        h, used = e.tokens, False
-        if self.c.insertion == "side":
-            for i, isa in enumerate(self.m3isa):
-                for mix, x in (isa.mha, e.attention), (isa.ffn, e.ffn):
-                    if mix is not None and branch in mix.down:
-                        h, used = h + x[:, i] + mix.added(x[:, i], branch), True  # Eq. 1, 4, 5
-        return e.output + F.layer_norm(h, h.shape[-1:]) if used else e.output
-
-    def forward(self, images: Tensor | Encoded, tokens: Tensor, maps: dict[str, Tensor] | None = None) -> Tensor:
-        """Pictures (B, 4, S, S) or what encode_image gave for them, tokens (B, L) -> boxes (B, 4): centre x, centre y,
-        width and height, in sides of the canvas
-
-        `maps` gets the attention of [REG] over the picture in each layer of the V-L encoder (Fig. 4).
-        """
+    def forward(self, images: Tensor | Encoded, tokens: Tensor) -> Tensor:
+        """Images (B, 4, S, S) or the result of encode_image, token ids (B, L) -> boxes (B, 4): centre x, centre y,
+        width, height, normalised by S. In training with token_loss, N logits of the image tokens are appended."""
         vision = images if isinstance(images, Encoded) else self.encode_image(images)
         text = self.encode_text(tokens)
-        f_v, f_l = self.side(vision, "vision"), self.side(text, "text")
-        b = len(tokens)
+        f_v, f_l = self.side_network(vision, "vision"), self.side_network(text, "text")
+        b, n = vision.pad.shape
         reg = self.reg.weight.expand(b, 1, -1)                   # (B, 1, C_p)
         x = torch.cat([reg, self.text_proj(f_l), self.visu_proj(f_v)], 1)  # (B, 1 + L + N, C_p)
         pad = torch.cat([vision.pad.new_zeros(b, 1), text.pad, vision.pad], 1)
         pos = self.vl_position.weight                            # (1 + L + N, C_p)
         if self.c.vl_position == "content":
             x = x + pos
-        for i, layer in enumerate(self.vl_encoder, 1):
-            if maps is not None:
-                weights = layer.self_attn(x + pos, x + pos, x, key_padding_mask=pad)[1]  # (B, 1 + L + N, 1 + L + N)
-                maps[f"[REG], V-L layer {i}"] = square(weights[:, 0, -vision.pad.shape[1]:])
+        for layer in self.vl_encoder:
             x = layer(x, pos, pad)
         with in_full_precision(x):
             boxes = self.head(x[:, 0].float()).sigmoid()         # (B, 4)
         if self.training and self.c.token_loss:
-            marks = x[:, -vision.pad.shape[1]:] @ x[:, 0, :, None] / self.c.vl_dim ** 0.5  # (B, N, 1)
-            return torch.cat([boxes, marks[..., 0]], 1)          # (B, 4 + N)
+            logits = x[:, -n:] @ x[:, 0, :, None] / self.c.vl_dim ** 0.5  # (B, N, 1)
+            return torch.cat([boxes, logits[..., 0]], 1)         # (B, 4 + N)
         return boxes
 
+    # Loss (Sec. III-B c)
+
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
-        """Eq. 6 over boxes (B, 4) as forward gives them: smooth L1, a sum over coordinates, and lambda GIoU; means over
-        samples."""
-        boxes, marks = output[:, :4].float(), output[:, 4:].float()
+        """Output of forward and target boxes (B, 4) -> scalar: summed over coordinates, mean over samples"""
+        boxes, logits = output[:, :4].float(), output[:, 4:].float()
         l1 = F.smooth_l1_loss(boxes, target, beta=self.c.smooth_l1_beta, reduction="none").sum(1).mean()
         corners = [box_convert(b, "cxcywh", "xyxy") for b in (boxes, target)]
         loss = l1 + self.c.giou * generalized_box_iou_loss(*corners, reduction="mean")  # Eq. 6
-        if marks.numel():
-            inside = tokens_in_boxes(target, marks.shape[1])
-            bce = F.binary_cross_entropy_with_logits(marks, inside)
-            loss = loss + self.c.token_loss * (bce + dice_loss(marks, inside))
+        if logits.numel():
+            inside = tokens_in_boxes(target, logits.shape[1])
+            bce = F.binary_cross_entropy_with_logits(logits, inside)
+            loss = loss + self.c.token_loss * (bce + dice_loss(logits, inside))
         return loss
 
 
-def square(tokens: Tensor) -> Tensor:
-    """(B, N) -> (B, H, W), for a square canvas"""
-    side = int(tokens.shape[1] ** 0.5)
-    return tokens.unflatten(1, (side, side))
-
-
 def tokens_in_boxes(boxes: Tensor, n: int) -> Tensor:
-    """1 for each of n tokens, a square grid of them, whose middle lies in the box (B, 4), else 0. -> (B, n)"""
+    """1 for each of n tokens, a square grid, whose centre lies in the box (B, 4), else 0. -> (B, n)"""
     side = int(n ** 0.5)
     at = (torch.arange(side, device=boxes.device) + 0.5) / side
     x, y, w, h = boxes[..., None].unbind(1)                      # (B, 1)
@@ -476,24 +500,20 @@ def tokens_in_boxes(boxes: Tensor, n: int) -> Tensor:
     return inside.flatten(1).float()
 
 
-Model = M2IST  # the name by which train.py and evaluate.py know it
+Model = M2IST  # the name that train.py and evaluate.py use
 
 
 # Weights
 
 
 def build_encoders(backbone: str, weights: str) -> tuple[DETR, BertModel]:
-    """DETR's encoder and BERT, random or from files that Facebook, TransVG, Google or the Hugging Face hub publish.
-
-    `weights`: "random", "pretrained" (the hub's cache, or downloaded) or two files with a comma between; BERT's has
-    its vocab.txt beside it.
-    """
+    """DETR's encoder and BERT, random or from released files. BERT's vocab.txt must lie beside its file."""
     config = BertConfig(**BACKBONES[backbone]["bert"])
     detr = DETR(**BACKBONES[backbone]["detr"])
     bert = BertModel(config, add_pooling_layer=False)
-    vocabulary = tokenizers.no_vocabulary(config.vocab_size)
+    vocabulary = no_vocabulary(config.vocab_size)
     if weights != "random":
-        released.check_released(backbone, weights)
-        vocabulary = tokenizers.bert_vocabulary(released.load_detr_and_bert(detr, bert, weights), config.vocab_size)
+        check_released(backbone, weights)
+        vocabulary = bert_vocabulary(load_detr_and_bert(detr, bert, weights), config.vocab_size)
     bert.register_buffer("vocabulary", vocabulary)
     return detr, bert

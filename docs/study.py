@@ -62,11 +62,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def command(program: str, *flags) -> str:
     """Runs one of the programs, one thread each; its standard output. Exits with its last line where it fails."""
-    words = [sys.executable, str(HERE / program), *map(str, flags)]
+    words = [sys.executable, *program.split(), *map(str, flags)]
     done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         said = (done.stderr.strip() or "no word").splitlines()[-1]
-        raise SystemExit(f"study: {program} {' '.join(words[2:])} ended with {done.returncode}: {said}")
+        raise SystemExit(f"study: {program} {' '.join(map(str, flags))} ended with {done.returncode}: {said}")
     return done.stdout
 
 
@@ -106,7 +106,7 @@ def results(args: argparse.Namespace) -> list[dict]:
              for seed in args.seeds]
     rows = [dict(tune=AS_IS, trained=0, beside_head=0, saved=0, values=[json.loads(row)[name] for row in as_is])]
     for tune in args.tunes:
-        cost, = json.loads(command("evaluate.py", "--efficiency", "--method", args.method, "--backbone", "tiny",
+        cost, = json.loads(command("-m toolbox.costs", "--method", args.method, "--backbone", "tiny",
                                    "--tune", tune, "--json", "-"))
         values = [json.loads((adapted(args, tune, seed) / "metrics.json").read_text())[name] for seed in args.seeds]
         rows.append(dict(tune=tune, trained=cost["params_trainable"], saved=cost["saved_bytes_per_image"],

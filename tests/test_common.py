@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import costs
 import dcris
-import draw
 import etris
 from common import UserError
+from toolbox import costs, draw
 
 
 def save_as_openai(clip, file):

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 
 import data
 from common import Preprocess, UserError
+from toolbox import check, features, shapes
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("REAL_REFS", ROOT.parent / "shared" / "real_refs"))
@@ -35,24 +36,24 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def test_a_picture_is_a_function_of_seed_split_and_number():
-    a, b = data.Shapes("shapes", "val", seed=3), data.Shapes("shapes", "val", seed=3)
+    a, b = shapes.Shapes("shapes", "val", seed=3), shapes.Shapes("shapes", "val", seed=3)
     b.read(100)  # the order of reading does not matter
     for i in 0, 7, 599:
         x, y = a.read(i), b.read(i)
         assert np.array_equal(x.image, y.image) and np.array_equal(x.mask, y.mask) and x.sentences == y.sentences
-    code = ("import data, hashlib; s = data.Shapes('shapes', 'val', seed=3); "
+    code = ("import hashlib; from toolbox import shapes; s = shapes.Shapes('shapes', 'val', seed=3); "
             "print(hashlib.sha256(b''.join(s.read(i).image.tobytes() for i in range(9))).hexdigest())")
     there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     import hashlib
     assert there.strip() == hashlib.sha256(b"".join(a.read(i).image.tobytes() for i in range(9))).hexdigest()
-    assert data.Shapes("shapes", "val", seed=3, size=96).scene(5) == a.scene(5)
+    assert shapes.Shapes("shapes", "val", seed=3, size=96).scene(5) == a.scene(5)
 
 
 def test_splits_and_sets_are_different_streams():
-    scenes = [str(data.Shapes(name, split).scene(i)[0]) for name in data.SHAPE_SETS for split in data.SPLITS[name]
+    scenes = [str(shapes.Shapes(name, split).scene(i)[0]) for name in data.SHAPE_SETS for split in data.SPLITS[name]
               for i in range(50)]
     assert len(set(scenes)) == len(scenes)
-    assert len(data.Shapes("shapes", "train")) == 16000 and len(data.Shapes("shapes", "testB")) == 600
+    assert len(shapes.Shapes("shapes", "train")) == 16000 and len(shapes.Shapes("shapes", "testB")) == 600
 
 
 def fits(thing, sentence, things):
@@ -68,7 +69,7 @@ def fits(thing, sentence, things):
         dx, dy = thing.x - anchors[0].x, thing.y - anchors[0].y
         along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
         return None if 0 <= along <= 0.15 else along > 0
-    attributes = {w for w in words if w in data.COLOURS + data.SHAPES + tuple(data.SIZES)}
+    attributes = {w for w in words if w in shapes.COLOURS + shapes.SHAPES + tuple(shapes.SIZES)}
     if not attributes <= {thing.shape, thing.colour, thing.size}:
         return False
     places = {"left": "left", "leftmost": "left", "right": "right", "rightmost": "right", "top": "top",
@@ -84,7 +85,7 @@ def fits(thing, sentence, things):
 
 @pytest.mark.parametrize("name", data.SHAPE_SETS)
 def test_every_sentence_is_true_of_one_object_alone(name):
-    source, kinds, counts = data.Shapes(name, "testA", images=1000), Counter(), Counter()
+    source, kinds, counts = shapes.Shapes(name, "testA", images=1000), Counter(), Counter()
     for i in range(1000):
         things, expressions = source.scene(i)
         counts[len(things)] += 1
@@ -98,7 +99,7 @@ def test_every_sentence_is_true_of_one_object_alone(name):
 
 @pytest.mark.parametrize("name", data.SHAPE_SETS)
 def test_masks_are_the_visible_part(name):
-    source = data.Shapes(name, "val")
+    source = shapes.Shapes(name, "val")
     for i in range(0, 200, 2):
         a, b = source.read(i), source.read(i + 1)
         assert not (a.mask & b.mask).any() and a.mask.sum() > 40 and b.mask.sum() > 40
@@ -109,15 +110,15 @@ def test_masks_are_the_visible_part(name):
         assert all(line.any() for line in (a.mask[y1], a.mask[y2 - 1], a.mask[:, x1], a.mask[:, x2 - 1]))
         things, expressions = source.scene(i // 2)
         for k, t in enumerate(things):  # nothing is mostly hidden
-            owner = data.draw_scene(things, 64, name, source.rng(i // 2, 1))[1]
-            alone = data.draw_scene([t], 64, name, source.rng(i // 2, 1))[1]
+            owner = shapes.draw_scene(things, 64, name, source.rng(i // 2, 1))[1]
+            alone = shapes.draw_scene([t], 64, name, source.rng(i // 2, 1))[1]
             assert (owner == k).sum() > 0.6 * (alone == 0).sum()
 
 
 def test_colours_mean_what_they_say_and_the_shifted_set_looks_different():
     means = {}
     for name in data.SHAPE_SETS:
-        source, pixels = data.Shapes(name, "train"), {}
+        source, pixels = shapes.Shapes(name, "train"), {}
         for i in range(600):
             record = source.read(i)
             thing = source.scene(i // 2)[0][source.scene(i // 2)[1][i % 2].target]
@@ -126,9 +127,9 @@ def test_colours_mean_what_they_say_and_the_shifted_set_looks_different():
         r, g, b = means[name]["red"]
         assert r > 1.5 * g and r > 1.5 * b
         assert means[name]["blue"].argmax() == 2 and means[name]["green"].argmax() == 1
-    for colour in data.COLOURS:
+    for colour in shapes.COLOURS:
         assert np.abs(means["shapes"][colour] - means["shapes-shift"][colour]).max() > 15
-    words = [{w for i in range(600) for w in data.Shapes(n, "train").sentences(i)[0].split()} for n in data.SHAPE_SETS]
+    words = [{w for i in range(600) for w in shapes.Shapes(n, "train").sentences(i)[0].split()} for n in data.SHAPE_SETS]
     assert words[0] == words[1] and len(words[0]) < 40
 
 
@@ -339,12 +340,12 @@ class Two(NamedTuple):
 
 @pytest.mark.parametrize("where", ["memory", "folder"])
 def test_features_of_pictures_are_made_once_and_kept(tmp_path, where):
-    calls, said, source = [], [], data.Shapes("shapes", "val", images=5)
+    calls, said, source = [], [], shapes.Shapes("shapes", "val", images=5)
     def encode(image):
         calls.append(1)
         return Two(image.mean((2, 3)), image[:, 0] > 0)
     folder = str(tmp_path / "deep" / "cache") if where == "folder" else None
-    cache = data.FeatureCache(source, PRE, encode, folder, "towers", said.append)
+    cache = features.FeatureCache(source, PRE, encode, folder, "towers", said.append)
     assert len(calls) == 5 and "5 pictures, 0.00 GiB" in said[0]
     items = data.TrainSet(source, PRE, features=cache)
     batch = data.collate([items[0, n] for n in (0, 1, 6)])
@@ -355,26 +356,26 @@ def test_features_of_pictures_are_made_once_and_kept(tmp_path, where):
     assert torch.equal(batch["box"], torch.stack([data.TrainSet(source, PRE)[0, n]["box"] for n in (0, 1, 6)]))
     if folder:
         before = len(calls)
-        again = data.FeatureCache(source, PRE, encode, folder, "towers", said.append)
+        again = features.FeatureCache(source, PRE, encode, folder, "towers", said.append)
         assert len(calls) == before + 1 and "are in" in said[-1] and torch.equal(again[3].mean, cache[3].mean)
-        data.FeatureCache(source, PRE, encode, folder, "other towers", said.append)
+        features.FeatureCache(source, PRE, encode, folder, "other towers", said.append)
         assert len(calls) == before + 6 and len(os.listdir(folder)) == 2
         # the same file, but the encoder gives something else: made anew
-        changed = data.FeatureCache(source, PRE, lambda x: Two(x.mean((2, 3)) + 1, x[:, 0] > 0), folder, "towers", said.append)
+        changed = features.FeatureCache(source, PRE, lambda x: Two(x.mean((2, 3)) + 1, x[:, 0] > 0), folder, "towers", said.append)
         assert torch.equal(changed[3].mean, again[3].mean + 1) and len(os.listdir(folder)) == 2
 
 
 def test_free_memory_is_what_could_be_had():
-    assert 2**27 < data.free_memory() < 2**45 and data.free_space(ROOT / "none" / "deeper") > 0
+    assert 2**27 < features.free_memory() < 2**45 and features.free_space(ROOT / "none" / "deeper") > 0
 
 
 def test_features_that_do_not_fit(tmp_path, monkeypatch):
-    source = data.Shapes("shapes", "val", images=5)
-    monkeypatch.setattr(data.shutil, "disk_usage", lambda f: type("Free", (), dict(free=100)))
-    monkeypatch.setattr(data, "free_memory", lambda: 100)
+    source = shapes.Shapes("shapes", "val", images=5)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda f: type("Free", (), dict(free=100)))
+    monkeypatch.setattr(features, "free_memory", lambda: 100)
     for folder, said in (str(tmp_path / "x"), f"cache-features {tmp_path / 'x'}.*are free"), (None, "memory.*a folder"):
         with pytest.raises(UserError, match=said):
-            data.FeatureCache(source, PRE, lambda x: Two(x.mean((2, 3)), x), folder, "", lambda s: None)
+            features.FeatureCache(source, PRE, lambda x: Two(x.mean((2, 3)), x), folder, "", lambda s: None)
     assert not (tmp_path / "x").exists()
 
 
@@ -735,7 +736,7 @@ def test_check_of_photographs(tmp_path, capsys, monkeypatch):
     photos[1].write_bytes(photos[1].read_bytes()[:300])
     status, sets = found(tmp_path, capsys)
     assert status == 1 and [p.split(":")[0] for p in sets["refcoco"]["problems"]] == ["train ref 0", "val ref 1"]
-    monkeypatch.setitem(data.PUBLISHED, "refcoco", dict(train=(3, 4), val=(1, 2), testA=(1, 2), testB=(1, 2)))
+    monkeypatch.setitem(check.PUBLISHED, "refcoco", dict(train=(3, 4), val=(1, 2), testA=(1, 2), testB=(1, 2)))
     assert "train has 2 objects, the published set 3" in found(tmp_path, capsys)[1]["refcoco"]["problems"]
 
 

@@ -1,6 +1,5 @@
 """python -m pytest tests/test_dcris.py"""
 
-
 import open_clip
 import pytest
 import torch
@@ -156,9 +155,11 @@ def test_other_sizes_and_shapes_of_picture():
     tokens = model.tokenize(SENTENCES[:1])
     with torch.no_grad():
         assert model(torch.randn(1, 3, 96, 128), tokens).shape == (1, 1, 48, 64)
-    for grid in "dinov2", "detris":
-        model = tiny(position_grid=grid).eval()
-        assert model.embed(torch.randn(1, 3, 96, 128), (12, 16)).shape == (1, 5 + 192, 64)
+    images, e = torch.randn(1, 3, 96, 128), model.vision.embeddings
+    detris = dcris.detris_embeddings(e, images, (12, 16))
+    assert detris.shape == e(images).shape == (1, 5 + 192, 64)
+    assert torch.allclose(detris[:, :5], e(images)[:, :5])  # they differ by the patches' positions alone
+    assert not torch.allclose(detris[:, 5:], e(images)[:, 5:], atol=1e-3)
 
 
 def test_tokens():
@@ -196,22 +197,65 @@ def test_loss_is_eq_6():
     assert torch.allclose(model.loss(logits, masks), by_hand, atol=1e-6)
 
 
-def test_detris_differs_from_dcris_where_it_says():
+def test_settings_of_variants_and_backbones():
     c, d = dcris.config("dinov2-base"), dcris.config("dinov2-base", "detris")
-    assert (d.text_adapter, d.mask_padding, d.double_prefix, d.neck_text) == ("dense", False, True, "sentence")
-    assert (d.position_grid, d.normalize, d.epochs, d.milestones) == ("detris", "clip", 65, (35, 55))
+    assert (d.epochs, d.milestones) == (65, (35, 55))
+    assert dcris.config("dinov2-base", "detris", "refcocog_google").epochs == 50
     assert (c.epochs, c.milestones, c.lr, c.batch_size) == (50, (35,), 1e-4, 32)
-    big = dcris.config("dinov2-large")
-    assert (big.lr, big.batch_size, big.taps, big.visual_layers) == (2e-4, 64, (9, 17), (2, 6, 10, 14, 18, 22))
+    big, large = dcris.config("dinov2-large"), dcris.config("dinov2-large", "detris")
+    assert (big.lr, big.batch_size, big.map_layers, big.visual_layers) == (2e-4, 64, (8, 16), (2, 6, 10, 14, 18, 22))
+    assert (large.lr, large.batch_size, large.epochs, large.map_layers) == (1e-4, 32, 50, (8, 16))
     assert dcris.config(dataset="refcocog_umd").words == 22
+    assert tiny().preprocess.mean == dcris.IMAGENET[0] and tiny(variant="detris").preprocess.mean == dcris.CLIP[0]
+
+
+def test_detris_differs_from_dcris_where_it_says():
+    """Words behind the end token reach DETRIS's adapters; CLS, registers and the start token come twice."""
+    paper, detris = (dcris.DCRIS(dcris.config("tiny", v)).eval() for v in dcris.VARIANTS)
+    a, b = paper.visual_adapters["1"], detris.visual_adapters["1"]
+    b.load_state_dict(a.state_dict())
+    x, f_t = torch.randn(1, 5 + 12, 64), torch.randn(1, 6, 64)
+    pad = torch.arange(6)[None] > 3
+    changed = torch.where(pad[..., None], f_t + 1, f_t)
+    assert torch.equal(a(x, f_t, pad, (3, 4)), a(x, changed, pad, (3, 4)))
+    assert not torch.equal(b(x, f_t, pad, (3, 4)), b(x, changed, pad, (3, 4)))
+    none = torch.zeros_like(pad)
+    ours, theirs = a(x, f_t, none, (3, 4)), b(x, f_t, none, (3, 4))
+    assert torch.allclose(ours[:, 5:], theirs[:, 5:], atol=1e-6)
+    assert torch.allclose(2 * ours[:, :5], theirs[:, :5], atol=1e-6)  # its bias is 0 at the start
+    ta = detris.text_adapters["1"]
+    start = 2 * F.relu(ta.down(f_t[:, 0])) @ ta.up.weight.T + ta.up.bias
+    assert torch.allclose(ta(f_t)[:, 0], start, atol=1e-6)
+    assert not torch.equal(ta(f_t)[:, 2], ta(changed)[:, 2])  # it reads neighbours
+    plain = paper.text_adapters["1"]
+    assert torch.allclose(plain(f_t)[:, :4], plain(changed)[:, :4], atol=1e-6)
+    maps, f_s = [torch.randn(1, 64, 3, 4) for _ in range(3)], torch.randn(1, 1, 64)
+    neck = detris.neck
+    once = neck(maps, f_s, None)
+    neck.fusion[0].in_proj_weight.data[:128] += 1  # queries and keys: one key, nothing to choose
+    assert torch.allclose(neck(maps, f_s, None), once, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", dcris.VARIANTS)
+def test_each_tune_starts_from_the_same_towers_and_head(variant):
+    method = tiny(variant=variant).state_dict()
+    for tune in "frozen", "full", "method+lora":
+        other = tiny(variant=variant, tune=tune).state_dict()
+        shared = [k for k in other if k in method and "adapters" not in k]
+        assert {k.split(".")[0] for k in shared} == {"vision", "text", "neck", "decoder", "proj"}
+        assert all(torch.equal(method[k], other[k]) for k in shared)
+        assert {k for k in method if k.startswith(("neck.", "decoder.", "proj."))} <= set(shared)
 
 
 @pytest.mark.parametrize("flags, word", [
     (dict(visual_layers=(1, 99)), "visual-layers"), (dict(image_size=65), "image-size"), (dict(words=99), "words"),
-    (dict(visual_dim=40), "visual-dim"), (dict(taps=(3, 2)), "taps"), (dict(text_adapter="x"), "text-adapter"),
-    (dict(batch_size=0), "batch-size"), (dict(threshold=1.5), "threshold"), (dict(optimizer="sgd"), "optimizer"), (dict(cross_heads=0), "cross-heads"),
-    (dict(head_heads=0), "head-heads"), (dict(cross_dropout=2.0), "cross-dropout"), (dict(decoder_ffn=0), "decoder-ffn"),
-    (dict(tune="frozen", visual_layers=(1,)), "tune")])
+    (dict(visual_dim=40), "visual-dim"), (dict(map_layers=(2, 1)), "map-layers"),
+    (dict(map_layers=(1, 3)), "map-layers"), (dict(variant="detris", text_dim=40), "text-dim"),
+    (dict(head_dim=32), "head-dim"),
+    (dict(batch_size=0), "batch-size"), (dict(threshold=1.5), "threshold"),
+    (dict(optimizer="sgd"), "optimizer"), (dict(cross_heads=0), "cross-heads"),
+    (dict(head_heads=0), "head-heads"), (dict(cross_dropout=2.0), "cross-dropout"),
+    (dict(decoder_ffn=0), "decoder-ffn"), (dict(tune="frozen", visual_layers=(1,)), "tune")])
 def test_impossible_settings_are_named(flags, word):
     with pytest.raises(UserError, match=word):
         dcris.config("tiny", **flags)
@@ -235,7 +279,8 @@ def meta_layout(model):
         names = [[k for k in out if k.startswith(f"blocks.{i}.") and any(s in k for s in (f".{q[0]}_proj", f".{q}."))
                   and k.endswith(end)] for end in ("weight", "bias") for q in ("query", "key", "value")]
         parts = [out.pop(n[0]) for n in names]
-        out[f"blocks.{i}.attn.qkv.weight"], out[f"blocks.{i}.attn.qkv.bias"] = torch.cat(parts[:3]), torch.cat(parts[3:])
+        out[f"blocks.{i}.attn.qkv.weight"] = torch.cat(parts[:3])
+        out[f"blocks.{i}.attn.qkv.bias"] = torch.cat(parts[3:])
     return out
 
 
@@ -252,9 +297,10 @@ def hub_layout(model):
 
 
 @pytest.fixture
-def towers(tmp_path):
+def towers(tmp_path, monkeypatch):
     torch.manual_seed(5)
     names = dcris.BACKBONES["tiny"]
+    monkeypatch.setitem(dcris.BACKBONES, "small", names | dict(hub="owner/small"))  # as tiny, but released
     vision = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**names["dino"]))
     clip = open_clip.CLIP(**names["clip"])
     for p in [*vision.parameters(), *clip.parameters()]:
@@ -270,25 +316,25 @@ def towers(tmp_path):
 @pytest.mark.parametrize("dino, text", [("dino.pth", "clip.pt"), ("dino.safetensors", "clip.safetensors")])
 def test_released_files_load_whole(towers, dino, text):
     folder, vision, clip = towers
-    model = dcris.DCRIS(dcris.config("tiny"), f"{folder / dino},{folder / text}")
+    loaded_vision, loaded_text = dcris.build_towers("small", f"{folder / dino},{folder / text}")
     for k, v in vision.state_dict().items():
-        assert torch.equal(model.vision.state_dict()[k], v), k
-    for k, v in model.text.state_dict().items():
+        assert torch.equal(loaded_vision.state_dict()[k], v), k
+    for k, v in loaded_text.state_dict().items():
         assert torch.equal(clip.state_dict()[k], v), k
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_wrong_weights_are_named(towers):
     folder, vision, _ = towers
-    c = dcris.config("tiny")
     short = {k: v for k, v in meta_layout(vision).items() if k != "norm.weight"}
     torch.save(short, folder / "short.pth")
     (folder / "broken.pth").write_bytes((folder / "dino.pth").read_bytes()[:5000])
     for weights, word in [(f"{folder}/short.pth,{folder}/clip.pt", "1 missing: layernorm.weight"),
                           (f"{folder}/dino.pth", "found DINOv2"), (f"{folder}/none.pth", "no such weights file"),
-                          (f"{folder}/broken.pth,{folder}/clip.pt", "broken.pth cannot be read"),
-                          ("pretrained", "no released weights")]:
+                          (f"{folder}/broken.pth,{folder}/clip.pt", "broken.pth cannot be read")]:
         with pytest.raises(UserError, match=word):
-            dcris.DCRIS(c, weights)
+            dcris.build_towers("small", weights)
+    with pytest.raises(UserError, match="no released weights"):
+        dcris.build_towers("tiny", "pretrained")
     with pytest.raises(UserError, match="dinov2-base"):
         dcris.DCRIS(dcris.config("dinov2-base"), f"{folder}/dino.pth,{folder}/clip.pt")

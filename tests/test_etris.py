@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 import data
 import etris
 from common import UserError, count, fingerprint, trained_names, trained_state
-from costs import saved_bytes
 from tests.test_common import attention, linear, norm, save_as_openai, shuffle, two_steps
+from toolbox.costs import saved_bytes
 
 SENTENCES = ["the small red circle on the left", "square"]
 TINY = "tiny", "tiny-vit"
@@ -32,6 +32,10 @@ def tiny(backbone="tiny", variant="etris", seed=0, **flags):
         if name.endswith("bn3.weight"):  # open_clip starts these at 0, and then a random ResNet's blocks do nothing
             torch.nn.init.constant_(p, 0.5)
     return model
+
+
+def resnet(model):
+    return hasattr(model.clip.visual, "attnpool")
 
 
 def inputs(model, n=2, seed=0):
@@ -62,10 +66,8 @@ def test_sizes_of_the_six_models(backbone, variant, bridger, head, trained, towe
                          "ViT-B-16": [9_983_488, 7_899_136, 4_788_737]}[backbone]
 
 
-def test_the_head_without_what_is_dead():
+def test_full_tuning_has_the_printed_size():
     assert count(on_meta(tune="full", connect=True).parts()["backbone"]) == 120_737_633
-    assert count(on_meta(neck_fusion="gate").parts()["head"]) == 23_981_569 - 1_575_936
-    assert count(on_meta("RN101", "released", neck_fusion="gate").parts()["head"]) == 24_244_225 - 1_575_936
 
 
 # the towers
@@ -79,16 +81,16 @@ def test_towers_run_as_open_clip_runs_them(backbone):
     assert torch.allclose(model.clip.encode_text(F.pad(tokens, (0, 77 - tokens.shape[1]))), f_s, atol=1e-5)
     assert pad.sum(1).tolist() == [17 - 9, 17 - 3] and f_t.shape == (2, 17, 64)
     visual, out = model.clip.visual, []
-    stages = [visual.layer2, visual.layer3, visual.layer4] if model.resnet else visual.transformer.resblocks[1:]
+    stages = [visual.layer2, visual.layer3, visual.layer4] if resnet(model) else visual.transformer.resblocks[1:]
     hooks = [m.register_forward_hook(lambda m, x, y: out.append(y)) for m in stages]
     visual(images)
     for h in hooks:
         h.remove()
-    out = out if model.resnet else [y[:, 1:].transpose(1, 2).unflatten(2, (8, 8)) for y in out]
+    out = out if resnet(model) else [y[:, 1:].transpose(1, 2).unflatten(2, (8, 8)) for y in out]
     for a, b in zip(maps[:2], out):
         assert torch.allclose(a, b, atol=1e-5)
-    assert [tuple(m.shape[-2:]) for m in maps] == ([(16, 16), (8, 8), (4, 4)] if model.resnet else [(8, 8)] * 3)
-    if not model.resnet:  # the places' own vectors, projected as CLIP projects its class token
+    assert [tuple(m.shape[-2:]) for m in maps] == ([(16, 16), (8, 8), (4, 4)] if resnet(model) else [(8, 8)] * 3)
+    if not resnet(model):  # the places' own vectors, projected as CLIP projects its class token
         top = model.clip.visual.ln_post(out[2].flatten(2).transpose(1, 2)) @ model.clip.visual.proj
         assert torch.allclose(maps[2].flatten(2).transpose(1, 2), top, atol=1e-5)
         return
@@ -140,10 +142,18 @@ def test_other_sizes_and_shapes_of_picture(backbone, side):
 
 
 @pytest.mark.parametrize("backbone, variant", BOTH)
+def test_ways_to_tune_start_from_the_same_head(backbone, variant):
+    frozen, method = (tiny(backbone, variant, tune=tune) for tune in ("frozen", "method"))
+    for name in "clip", "neck", "decoder", "proj":
+        a, b = getattr(frozen, name).state_dict(), getattr(method, name).state_dict()
+        assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("backbone, variant", BOTH)
 def test_only_bridgers_and_head_learn(backbone, variant):
     model = tiny(backbone, variant).train()
     before, frozen = two_steps(model, *inputs(model, 4))
-    positions = {"clip.positional_embedding", "clip.visual.attnpool.positional_embedding" if model.resnet
+    positions = {"clip.positional_embedding", "clip.visual.attnpool.positional_embedding" if resnet(model)
                  else "clip.visual.positional_embedding"} if variant == "released" else set()
     for name, p in model.named_parameters():
         assert p.requires_grad == (not name.startswith("clip.") or name in positions), name
@@ -151,7 +161,7 @@ def test_only_bridgers_and_head_learn(backbone, variant):
     assert fingerprint(model) == frozen != ""
     after, trained = model.state_dict(), trained_state(model)
     still = {k for k in before if k.startswith("clip.")} - positions
-    assert any("running_mean" in k for k in still) == model.resnet  # the public code lets these drift
+    assert any("running_mean" in k for k in still) == resnet(model)  # the public code lets these drift
     assert all(torch.equal(before[k], after[k]) for k in still)
     assert trained.keys() == before.keys() - still
     for name, p in model.named_parameters():
@@ -163,7 +173,7 @@ def test_only_bridgers_and_head_learn(backbone, variant):
     assert not {k for k in trained if torch.equal(before[k], after[k])}
     if variant == "released":
         assert model.clip.positional_embedding.grad.any(1).sum() == 17  # padding too: nothing masks it there
-        if model.resnet:
+        if resnet(model):
             assert model.clip.visual.attnpool.positional_embedding.grad.any(1).tolist() == [False] + [True] * 16
 
 
@@ -172,7 +182,7 @@ def test_no_graph_below_the_first_bridger(backbone):
     for stages in (2, 3, 4), (3,):
         model, seen = tiny(backbone, bridger_stages=stages).train(), {}
         watched = {f"text {i}": m for i, m in enumerate(model.clip.transformer.resblocks)}
-        watched |= {f"layer{i}": getattr(model.clip.visual, f"layer{i}") for i in range(1, 5)} if model.resnet else \
+        watched |= {f"layer{i}": getattr(model.clip.visual, f"layer{i}") for i in range(1, 5)} if resnet(model) else \
             {f"block {i}": m for i, m in enumerate(model.clip.visual.transformer.resblocks)}
         for name, m in watched.items():
             m.register_forward_hook(lambda m, x, y, name=name: seen.update({name: y.requires_grad}))
@@ -230,11 +240,11 @@ def zoom(sd, name, x, resnet, variant, up, middle):
 def independent_bridgers(model, variant, features, words, pad):
     """Eq. 1 to 5, or the public code, once more: residuals of all three stages for given features."""
     heads, last, results = model.c.bridger_heads, None, []
-    product = variant == "released" and not model.resnet
+    product = variant == "released" and not resnet(model)
     pad = pad if variant == "etris" else None
     for i, (f_v, f_t) in enumerate(zip(features, words)):
         sd = model.bridgers[str(i + 2)].state_dict()
-        v = zoom(sd, "zoom_in", f_v, model.resnet, variant, up=i == 2, middle=i == 1)
+        v = zoom(sd, "zoom_in", f_v, resnet(model), variant, up=i == 2, middle=i == 1)
         grid = v.shape[-2:]
         v, t = v.flatten(2).transpose(1, 2), linear(sd, "linear1", f_t)
         if last:
@@ -252,7 +262,7 @@ def independent_bridgers(model, variant, features, words, pad):
             t2 = norm(sd, "ita_t.norm3", t2 + linear(sd, "ita_t.ffn.3", linear(sd, "ita_t.ffn.0", t2).relu()))
         last = (v2, t2) if variant == "etris" else (v, t)
         v2 = v2.transpose(1, 2).reshape(len(v), -1, *grid)
-        f_v = zoom(sd, "zoom_out", v2, model.resnet, variant, up=i != 2, middle=i == 1)
+        f_v = zoom(sd, "zoom_out", v2, resnet(model), variant, up=i != 2, middle=i == 1)
         results.append((f_v, linear(sd, "linear2", t2)))
     return results
 
@@ -261,7 +271,7 @@ def independent_bridgers(model, variant, features, words, pad):
 def test_bridgers_compute_eq_1_to_5_or_the_public_code(backbone, variant):
     model = tiny(backbone, variant).eval()
     shuffle(model.bridgers)
-    shapes = [(64, 8, 8), (128, 4, 4), (256, 2, 2)] if model.resnet else [(64, 4, 4)] * 3
+    shapes = [(64, 8, 8), (128, 4, 4), (256, 2, 2)] if resnet(model) else [(64, 4, 4)] * 3
     g = torch.Generator().manual_seed(1)
     features = [torch.randn(2, *s, generator=g) for s in shapes]
     words = [torch.randn(2, 5, 64, generator=g) for _ in range(3)]
@@ -269,7 +279,7 @@ def test_bridgers_compute_eq_1_to_5_or_the_public_code(backbone, variant):
     memory, got = None, []
     with torch.no_grad():
         for b, f_v, f_t in zip(model.bridgers.values(), features, words):
-            d_v, d_t, memory = b(f_v, f_t, memory, pad if model.c.mask_padding else None)
+            d_v, d_t, memory = b(f_v, f_t, memory, pad)
             got.append((d_v, d_t))
         for (v, t), (v_, t_), f_v in zip(got, independent_bridgers(model, variant, features, words, pad), features):
             assert v.shape == f_v.shape and torch.allclose(v, v_, atol=1e-4) and torch.allclose(t, t_, atol=1e-4)
@@ -282,7 +292,7 @@ def test_residuals_go_where_eq_3_says(backbone, variant):
     for i, b in model.bridgers.items():
         b.register_forward_hook(lambda m, x, y, i=i: seen.update({i: (x[0], x[1], y[0], y[1])}))
     visual, blocks = model.clip.visual, model.clip.transformer.resblocks
-    if not model.resnet:
+    if not resnet(model):
         for i in 2, 3:
             block = visual.transformer.resblocks[i]
             block.register_forward_pre_hook(lambda m, x, i=i: seen.update({f"block {i}": x[0]}))
@@ -292,7 +302,7 @@ def test_residuals_go_where_eq_3_says(backbone, variant):
         for i, last in (2, 2), (3, 3):
             v, t, d_v, d_t = seen[str(i)]
             assert torch.allclose(maps[i - 2], v + d_v)
-            if model.resnet:
+            if resnet(model):
                 assert torch.allclose(getattr(visual, f"layer{i + 1}")(v + d_v), seen[str(i + 1)][0], atol=1e-5)
             else:
                 assert torch.allclose((v + d_v).flatten(2).transpose(1, 2), seen[f"block {i}"][:, 1:], atol=1e-5)
@@ -301,7 +311,7 @@ def test_residuals_go_where_eq_3_says(backbone, variant):
             assert torch.allclose(after, seen[str(i + 1)][1], atol=1e-5)
         v, t, d_v, d_t = seen["4"]
         assert torch.allclose(f_t, model.clip.ln_final(t + d_t), atol=1e-5)
-        if model.resnet:
+        if resnet(model):
             assert torch.allclose(maps[2], etris.attention_pool(visual.attnpool, v + d_v), atol=1e-5)
         else:
             top = visual.ln_post((v + d_v).flatten(2).transpose(1, 2)) @ visual.proj
@@ -323,7 +333,7 @@ def test_zoom_layers():
     x[0, :, 2, 5] = 1
     for kind, kernel, up, side in [("deconv", 2, False, 4), ("deconv", 2, True, 16), ("deconv", 2, True, 8),
                                    ("deconv", 1, False, 8), ("interpolate", 2, True, 16), ("interpolate", 2, False, 4),
-                                   ("linear", 2, False, 4), ("mlp", 2, True, 16), ("pointwise", 2, False, 8)]:
+                                   ("linear", 2, False, 4), ("mlp", 2, True, 16)]:
         layer = etris.zoom_layer(kind, 3, 5, kernel, up, 8, side).eval()
         assert layer(x).shape == (1, 5, side, side), kind
     # on a ViT a change of one place reaches its neighbours, and zooming out is centred on it again
@@ -353,21 +363,6 @@ def test_released_trains_a_table_of_the_inputs_grid():
 
 
 # the head
-
-
-@pytest.mark.parametrize("backbone", TINY)
-def test_the_gate_computes_what_the_single_key_attention_does(backbone):
-    full, gate = tiny(backbone).eval(), tiny(backbone, neck_fusion="gate").eval()
-    state = full.state_dict()
-    for i in range(3):
-        name = f"neck.fusion.{i}."
-        for kind in "weight", "bias":
-            state[name + "0." + kind] = state.pop(name + "in_proj_" + kind)[-64:]
-            state[name + "1." + kind] = state.pop(name + "out_proj." + kind)
-    gate.load_state_dict(state)
-    images, tokens, _ = inputs(full)
-    with torch.no_grad():
-        assert torch.allclose(full(images, tokens), gate(images, tokens), atol=1e-4)
 
 
 @pytest.mark.parametrize("backbone", TINY)
@@ -407,7 +402,7 @@ def independent_head(model, maps, f_t, f_s, pad):
     text = linear(sd, "neck.txt_proj", f_s) if model.c.text_proj else f_s
     levels = []
     for i, x in enumerate(maps):
-        weight, stride = sd[f"neck.f_proj.{i}.0.weight"], 2 if model.resnet and i != 1 else 1
+        weight, stride = sd[f"neck.f_proj.{i}.0.weight"], 2 if resnet(model) and i != 1 else 1
         x = (F.conv_transpose2d if i == 2 else F.conv2d)(x, weight, stride=stride)
         x = batch_norm(sd, f"neck.f_proj.{i}.1", x).relu()
         a = attention(sd, f"neck.fusion.{i}", x.flatten(2).transpose(1, 2), text[:, None], heads)
@@ -458,7 +453,7 @@ def test_bridgers_start_as_the_public_code_starts_them():
     assert len(dropouts) == 4 and all(m.p == b.ita_v.self_attn.dropout == 0.1 for m in dropouts)
     x = torch.randn(1, 9, 64)
     b.ita_v.self_attn.dropout = 0.0  # each place of dropout that is left still acts
-    assert not torch.equal(b.ita_v.attend(x, None), b.ita_v.attend(x, None))
+    assert not torch.equal(b.ita_v.mhsa(x, None), b.ita_v.mhsa(x, None))
 
 
 def test_loss_is_eq_10_and_11():
@@ -531,7 +526,8 @@ def test_settings_of_the_paper_and_of_the_public_code():
     ("tiny-vit", dict(connect=True), "connect"), ("tiny-vit", dict(blocks=(1, 2, 3)), "blocks"),
     ("tiny", dict(blocks=(2, 4)), "blocks"), ("tiny-vit", dict(zoom="interpolate"), "zoom"),
     ("tiny", dict(head_dim=32), "head-dim"),
-    ("tiny-vit", dict(zoom="pointwise", zero_init=True), "zero-init"), ("tiny", dict(bridger_dropout=1.0), "dropout"),
+    ("tiny-vit", dict(variant="released", zero_init=True), "zero-init"),
+    ("tiny-vit", dict(variant="released", zoom="mlp"), "zoom"), ("tiny", dict(bridger_dropout=1.0), "dropout"),
     ("RN50", dict(decoder_text="sentence"), "decoder-text"), ("tiny", dict(tune="full", bridger_stages=(2,)), "tune")])
 def test_impossible_settings_are_named(backbone, flags, word):
     with pytest.raises(UserError, match=word):

@@ -194,7 +194,7 @@ def test_damaged_checkpoints_and_weights(tmp_path):
             elif file.name == "resume.pt":
                 train.load_resume(file)
             else:
-                common.read_weights(str(file))
+                weights.read_weights(str(file))
         assert not canary.exists()
         file.write_bytes(whole[file])
     ask()

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 import common
-import draw
 import evaluate
 from common import UserError
+from toolbox import draw, serve
 from tests.test_commands import few_pictures  # noqa: F401
 from tests.test_report import runs  # noqa: F401
 from tests.test_tables import MODULES, SENTENCES
@@ -29,9 +29,10 @@ def look(name, backbone="tiny", **flags):
     if name == "m2ist":
         images[:, 3] = 0
         images[:, 3, :8] = 1  # padding above
-    tokens, maps = model.tokenize(SENTENCES), {}
+    tokens = model.tokenize(SENTENCES)
     with torch.no_grad():
-        return model, model(images, tokens), model(images, tokens, maps), maps
+        plain, maps = model(images, tokens), draw.attention_maps(model, images, tokens)
+        return model, plain, model(images, tokens), maps
 
 
 @pytest.mark.parametrize("name, flags, names", [
@@ -53,10 +54,10 @@ def test_asking_does_not_change_the_answer(name, flags, names):
 def test_attention_is_what_the_model_computes():
     """[REG]'s by its weights' sums; of BEiT-3's by the values that it mixes."""
     model, _, _, maps = look("m2ist")
-    layer, given, again = model.vl_encoder[1], [], {}
+    layer, given = model.vl_encoder[1], []
     layer.register_forward_pre_hook(lambda m, args: given.append(args))
     with torch.no_grad():
-        model(torch.zeros(2, 4, 64, 64), model.tokenize(SENTENCES), again)
+        again = draw.attention_maps(model, torch.zeros(2, 4, 64, 64), model.tokenize(SENTENCES))
         x, pos, pad = given[0]
         w, b = layer.self_attn.in_proj_weight, layer.self_attn.in_proj_bias
         q, k = ((x + pos) @ w[s].T + b[s] for s in (slice(64), slice(64, 128)))
@@ -69,21 +70,23 @@ def test_attention_is_what_the_model_computes():
     for m in maps.values():
         assert (m.flatten(1).sum(1) < 1).all() and (m[:, :1] == 0).all()  # words have a share, padding has none
     model = look("shared_ris")[0]
-    attention, v, t = model.beit3.layers[1].self_attn, torch.randn(2, 5, 64), torch.randn(2, 4, 64)
-    pad = torch.zeros(2, 9, dtype=torch.bool)
-    pad[1, 8] = True
-    seen = attention.look(v, t, pad)
-    with torch.no_grad():  # values of 1 for one place and 0 for the others: what comes out is this place's weight
+    images, tokens = torch.randn(2, 3, 64, 64), model.tokenize(["a small red circle", "square"])
+    attention = model.beit3.layers[-1].self_attn
+    with torch.no_grad():
+        seen = draw.attention_maps(model, images, tokens)["encoder"].flatten(1)
+        got = []
+        attention.register_forward_hook(lambda m, args, out: got.append(out[1][:, 0]))  # of the first token
+        # values of 1 for one place and 0 for the others: what the attention gives is this place's weight
         for part in attention.v_proj.A, attention.v_proj.B:
             part.weight.zero_()
             part.bias.zero_()
         for m in attention.inner_attn_ln.A, attention.inner_attn_ln.B, attention.out_proj.A, attention.out_proj.B:
             m.forward = lambda x: x
-        for place in range(5):
-            attention.v_proj.A.forward = lambda x, place=place: (torch.arange(5) == place).float()[None, :, None].expand(
-                2, 5, 64)
-            out = attention(v, t, ~pad[:, None, None])[1][:, 0]  # (B, d) of the sentence's first token
-            heads = out.unflatten(1, (attention.heads, -1))[:, :, 0].mean(1)
+        for place in 0, 9, 63:
+            attention.v_proj.A.forward = lambda v, place=place: (torch.arange(65) == place + 1).float()[
+                None, :, None].expand(2, 65, 64)
+            model(images, tokens)
+            heads = got[-1].unflatten(1, (attention.heads, -1))[:, :, 0].mean(1)
             assert torch.allclose(seen[:, place], heads, atol=1e-6)
 
 
@@ -98,9 +101,9 @@ def test_features_without_bridgers_are_those_of_frozen_towers():
     model, _, _, maps = look("etris")
     images = torch.randn(2, 3, model.preprocess.size, model.preprocess.size)
     with torch.no_grad():
-        maps = {}
-        model(images, model.tokenize(SENTENCES), maps)
-        levels = model.encode(images, model.tokenize(SENTENCES[::-1]), bridged=False)[0]
+        maps = draw.attention_maps(model, images, model.tokenize(SENTENCES))
+        model.bridgers = torch.nn.ModuleDict()
+        levels = model.encode(images, model.tokenize(SENTENCES[::-1]))[0]
     for n, level in enumerate(levels, 1):  # whatever the sentence
         assert torch.allclose(maps[f"level {n} without Bridgers"], level.norm(dim=1), atol=1e-5)
         assert not torch.allclose(maps[f"features, level {n}"], level.norm(dim=1), atol=1e-3)
@@ -119,15 +122,13 @@ def test_a_sheet_of_maps(runs, tmp_path, method, capsys):
     assert Image.open(tmp_path / "c.png").width > 900
     evaluate.main([*words[:4], "--out", str(tmp_path / "d.png"), "--text", "left"])
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "d.png").read_bytes()
-    with pytest.raises(SystemExit):
-        evaluate.main(["--ckpt", str(runs / method), "--attention", "c.png"])
-    assert "--attention goes with --image" in capsys.readouterr().err
-    for flags, message in [(["--serve", "--draw", "a.png"], "--serve goes with"), (["--port", "3"], "--port goes with --serve"),
+    for flags, message in [(["--attention", "c.png"], "--attention does not go with"),
+                           (["--serve", "--draw", "a.png"], "--draw does not go with"),
+                           (["--port", "3"], "--port does not go with"),
                            (["--serve", "--port", "99999"], "1 to 65535"), (["--image", "a", "--text", "b", "--text", "c",
                                                                             "--attention", "d.png"], "one --text")]:
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError, match=message):
             evaluate.main(["--ckpt", str(runs / method), *flags])
-        assert message in capsys.readouterr().err
     with pytest.raises(UserError, match="--attention look.txt: a name that ends in"):
         evaluate.main([*words, "--text", "left", "--attention", "look.txt"])
 
@@ -145,7 +146,7 @@ def test_without_gradio_a_sentence_says_so(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     args = evaluate.parse(["--ckpt", str(runs / "dcris"), "--serve"])
     with pytest.raises(UserError, match='pip install "gradio>=6"'):
-        evaluate.serve(args, common.start(device="cpu"))
+        serve.serve(args, common.start(device="cpu"))
 
 
 @pytest.mark.parametrize("method", ["dcris", "m2ist"])

@@ -14,8 +14,10 @@ from transformers import BertConfig, BertModel, DetrConfig, DetrModel, ResNetCon
 import common
 import m2ist
 from common import UserError, count, fingerprint, trained_state
-from costs import saved_bytes
 from tests.test_common import two_steps
+from toolbox import weights as released
+from toolbox.costs import saved_bytes
+from toolbox.tokenizers import SEP
 
 SENTENCES = ["the small red circle on the left", "square"]
 
@@ -226,27 +228,30 @@ def test_files_that_do_not_fit(published, tmp_path):
 
 
 def test_weights_that_have_seen_the_answers(tmp_path, monkeypatch):
+    def leak(weights, dataset):
+        return released.leak("m2ist", weights, dataset)
+
     for name in "detr-r50-unc.pth", "detr-r50-gref.pth", "detr-r50-e632da11.pth":
         (tmp_path / name).write_bytes(b"x")
-    said = {(name, d): bool(m2ist.leak(f"{tmp_path / name},bert.safetensors", d)) for name in (
+    said = {(name, d): bool(leak(f"{tmp_path / name},bert.safetensors", d)) for name in (
         "detr-r50-unc.pth", "detr-r50-gref.pth", "detr-r50-e632da11.pth") for d in ("refcoco+", "refcocog_umd", "refclef")}
     assert {k for k, v in said.items() if not v} == {
         ("detr-r50-unc.pth", "refcoco+"), ("detr-r50-gref.pth", "refcocog_umd"), ("detr-r50-unc.pth", "refclef"),
         ("detr-r50-gref.pth", "refclef"), ("detr-r50-e632da11.pth", "refclef")}
-    assert m2ist.leak("pretrained", "refcoco") and not m2ist.leak("random", "refcoco")
-    assert not m2ist.leak("pretrained", "shapes")
-    assert not m2ist.leak("/gone/detr-r50-unc.pth,/gone/bert/model.safetensors", "refcoco")  # judged by its name
-    assert m2ist.leak("/gone/detr.pth,/gone/bert/model.safetensors", "refcoco")
-    monkeypatch.setattr(m2ist, "sha256", lambda file: "e632da11" + 56 * "0")  # Facebook's file under another name
-    assert m2ist.leak(f"{tmp_path / 'detr-r50-unc.pth'},bert.safetensors", "refcoco")
+    assert leak("pretrained", "refcoco") and not leak("random", "refcoco")
+    assert not leak("pretrained", "shapes")
+    assert not leak("/gone/detr-r50-unc.pth,/gone/bert/model.safetensors", "refcoco")  # judged by its name
+    assert leak("/gone/detr.pth,/gone/bert/model.safetensors", "refcoco")
+    monkeypatch.setattr(released, "sha256", lambda file: "e632da11" + 56 * "0")  # Facebook's file under another name
+    assert leak(f"{tmp_path / 'detr-r50-unc.pth'},bert.safetensors", "refcoco")
 
 
 def test_words_without_a_vocabulary():
-    import data
+    from toolbox.shapes import Shapes
     model = tiny()
-    words = {w for split in ("train", "val") for i in range(400) for w in data.Shapes("shapes", split).sentences(i)[0].split()}
+    words = {w for split in ("train", "val") for i in range(400) for w in Shapes("shapes", split).sentences(i)[0].split()}
     ids = {w: model.tokenize([w])[0, 1].item() for w in words}
-    assert len(set(ids.values())) == len(words) > 20 and min(ids.values()) > common.SEP  # no two share a number
+    assert len(set(ids.values())) == len(words) > 20 and min(ids.values()) > SEP  # no two share a number
     assert model.tokenize(["Red, RED"])[0, :6].tolist() == [101, ids["red"], model.tokenize([","])[0, 1], ids["red"], 102, 0]
     assert model.tokenize(["red " * 50]).shape == (1, 12) and model.tokenize(["red " * 50])[0, -1] == 102
 
@@ -303,7 +308,7 @@ def test_side_networks_are_the_docstrings_equations(flags):
                     h = h + x + 0.3 * f
             h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
             want = e.output.double() + h if used else e.output.double()
-            assert torch.allclose(model.side(e, branch).double(), want, atol=1e-5), branch
+            assert torch.allclose(model.side_network(e, branch).double(), want, atol=1e-5), branch
             assert used == any(f".down.{branch}." in k for k in w)
     # without s all that is left is a sum of what the encoders' sublayers gave
     if not flags:
@@ -311,8 +316,8 @@ def test_side_networks_are_the_docstrings_equations(flags):
         with torch.no_grad():
             seen, encoded = sublayer_outputs(still, images, tokens)
             h = encoded["vision"].tokens + sum(seen["vision"]["mha"]) + sum(seen["vision"]["ffn"])
-            assert torch.allclose(still.side(encoded["vision"], "vision"), encoded["vision"].output + F.layer_norm(h, h.shape[-1:]),
-                                  atol=1e-5)
+            want = encoded["vision"].output + F.layer_norm(h, h.shape[-1:])
+            assert torch.allclose(still.side_network(encoded["vision"], "vision"), want, atol=1e-5)
 
 
 def test_the_vl_encoder_and_the_head():
@@ -323,8 +328,9 @@ def test_the_vl_encoder_and_the_head():
         with torch.no_grad():
             vision, text = model.encode_image(images), model.encode_text(tokens)
             got = model(images, tokens)
-            x = torch.cat([w["reg.weight"].expand(2, 1, -1), F.linear(model.side(text, "text"), w["text_proj.weight"], w["text_proj.bias"]),
-                           F.linear(model.side(vision, "vision"), w["visu_proj.weight"], w["visu_proj.bias"])], 1)
+            f_l, f_v = model.side_network(text, "text"), model.side_network(vision, "vision")
+            x = torch.cat([w["reg.weight"].expand(2, 1, -1), F.linear(f_l, w["text_proj.weight"], w["text_proj.bias"]),
+                           F.linear(f_v, w["visu_proj.weight"], w["visu_proj.bias"])], 1)
             pos = w["vl_position.weight"]
             x = x + pos if position == "content" else x
             pad = torch.cat([torch.zeros(2, 1, dtype=torch.bool), tokens == 0, vision.pad], 1)
@@ -378,12 +384,14 @@ def test_insertions():
             layer, isa = model.detr.layers[0], model.m3isa[0]
             z, pos, pad = model.detr.tokens(images)
             a = layer.self_attn(z + pos, z + pos, z, key_padding_mask=pad, need_weights=False)[0]
-            a = a + {"side": 0, "parallel": isa.mha.added(z, "vision"), "sequential": isa.mha.added(a, "vision")}[insertion]
+            # Eq. 1, 4 and 5 without their x +
+            mha, ffn = ((lambda x, m=m: m(x, "vision") - x) for m in (isa.mha, isa.ffn))
+            a = a + {"side": 0, "parallel": mha(z), "sequential": mha(a)}[insertion]
             x = layer.norm1(z + a)
             m = layer.linear2(layer.linear1(x).relu())
-            m = m + {"side": 0, "parallel": isa.ffn.added(x, "vision"), "sequential": isa.ffn.added(m, "vision")}[insertion]
-            one = m2ist.M2IST.run(model, z, [layer.sublayers(pos, pad)], "vision", (0,), pad).output
-            assert torch.allclose(one, layer.norm2(x + m), atol=1e-6)
+            m = m + {"side": 0, "parallel": ffn(x), "sequential": ffn(m)}[insertion]
+            one = model.encode(z, [layer.sublayers(pos, pad)], "vision", (0,), pad).output
+            assert torch.allclose(one, layer.norm2(x + m), atol=2e-6)
         assert not torch.allclose(outputs["parallel"], outputs["sequential"], atol=1e-3)
 
 
@@ -394,7 +402,8 @@ def test_what_the_encoders_share():
 
     def both():
         with torch.no_grad():
-            return [model.side(e, b) for e, b in ((model.encode_image(images), "vision"), (model.encode_text(tokens), "text"))]
+            encoded = dict(vision=model.encode_image(images), text=model.encode_text(tokens))
+            return [model.side_network(e, branch) for branch, e in encoded.items()]
 
     first = both()
     for name, moved in ("shared", [True, True]), ("down.vision", [True, False]), ("up.text", [False, True]):
@@ -404,6 +413,14 @@ def test_what_the_encoders_share():
         weight.data -= 0.5
         first = both()
     assert all("shared" not in n or n.startswith("m3isa") for n, _ in model.named_parameters())
+
+
+def test_every_way_to_tune_starts_from_the_same_head():
+    models = [common.build(m2ist, m2ist.config("tiny", tune=tune), "random", 0)
+              for tune in ("method", "frozen", "full", "lora")]
+    heads = [[p for m in model.parts()["head"] for p in m.parameters()] for model in models]
+    assert all(torch.equal(a, b) for head in heads[1:] for a, b in zip(heads[0], head, strict=True))
+    assert list(models[0].parts()) == ["backbone", "adapter", "head"]
 
 
 def test_starts():
@@ -418,7 +435,7 @@ def test_starts():
     with torch.no_grad():
         e = zero.encode_image(images)
         h = e.tokens + e.attention.sum(1) + e.ffn.sum(1)
-        assert torch.allclose(zero.side(e, "vision"), e.output + F.layer_norm(h, h.shape[-1:]), atol=1e-5)
+        assert torch.allclose(zero.side_network(e, "vision"), e.output + F.layer_norm(h, h.shape[-1:]), atol=1e-5)
 
 
 # what is trained
@@ -484,7 +501,7 @@ def test_full_tuning_reaches_every_parameter_and_is_saved_whole():
     assert not [n for n, p in model.named_parameters() if p.grad is None] and fingerprint(model) == ""
     assert all(m.training for e in (model.detr, model.bert) for m in e.modules())
     assert trained_state(model).keys() == model.state_dict().keys()  # BatchNorms and vocabulary too
-    assert on_meta(tune="frozen").graph is False and on_meta(insertion="parallel").graph is True
+    assert on_meta(tune="frozen").features_key and not on_meta(insertion="parallel").features_key
 
 
 def test_bytes_saved_for_backward_at_full_size():
@@ -496,7 +513,7 @@ def test_bytes_saved_for_backward_at_full_size():
     for name in "side", "parallel", "sequential", "frozen", "full":
         model.c = dataclasses.replace(model.c, insertion=name if name in ("parallel", "sequential") else "side",
                                       tune=name if name in ("frozen", "full") else "method")
-        model.graph = name not in ("side", "frozen")
+        model.encoders_need_grad = name not in ("side", "frozen")
         if name in ("frozen", "full"):
             model.m3isa = nn.ModuleList()
         if name == "full":

@@ -20,7 +20,9 @@ import dcris
 import etris
 import evaluate
 from common import UserError
+from toolbox.released import from_detris, from_etris
 
+CONVERT = {dcris: from_detris, etris: from_etris}
 MODELS = {  # sizes of the released files, tensors and trained parameters of their adapters
     "DETRIS-B": (994, 2_715_696), "DETRIS-L": (1162, 3_110_448),
     "RN50": (769, 1_942_080), "RN101": (1075, 1_942_080), "ViT-B-16": (522, 598_592)}
@@ -161,7 +163,7 @@ def test_every_tensor_lands(name):
     method = dcris if name.startswith("DETRIS") else etris
     with torch.device("meta"):
         state = {k: torch.empty(s) for k, s in shapes.items()}
-        c, out = method.released(state, "refcoco")
+        c, out = CONVERT[method](state, "refcoco")
         model = method.Model(c)
     own = model.state_dict()
     assert {k: v.shape for k, v in out.items()} == {k: v.shape for k, v in own.items()}
@@ -170,7 +172,7 @@ def test_every_tensor_lands(name):
     assert c.backbone == {"DETRIS-B": "dinov2-base", "DETRIS-L": "dinov2-large"}.get(name, name)
     assert c == method.config(c.backbone, "detris" if method is dcris else "released")
     other = etris if method is dcris else dcris
-    assert other.released(state, "refcoco") is None
+    assert CONVERT[other](state, "refcoco") is None
 
 
 def test_a_mixed_model_and_fewer_stages():
@@ -193,7 +195,7 @@ def test_a_mixed_model_and_fewer_stages():
         for i in (0,)) and not k.startswith(("bridger.ln_v.0", "bridger.ln_t.0"))}
     for method, shapes, size in (dcris, wide, 27_638_640 + 5_692_720), (etris, last, 1_513_088):
         with torch.device("meta"):
-            c, out = method.released({k: torch.empty(s) for k, s in shapes.items()}, "mixed")
+            c, out = CONVERT[method]({k: torch.empty(s) for k, s in shapes.items()}, "mixed")
             model = method.Model(c)
         assert {k: v.shape for k, v in out.items()} == {k: v.shape for k, v in model.state_dict().items()}
         assert common.count(model.parts()["adapter"]) == size and c.words == 22
@@ -338,8 +340,8 @@ def test_words_follow_what_the_path_says(path, dataset, words, tmp_path, monkeyp
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     torch.save({"a": torch.zeros(3)}, tmp_path / path)
     found = []
-    for method in dcris, etris:
-        monkeypatch.setattr(method, "released", lambda state, name, method=method: found.append(
+    for name, method in dict(from_detris=dcris, from_etris=etris).items():
+        monkeypatch.setattr(f"toolbox.released.{name}", lambda state, name, method=method: found.append(
             method.config(dataset=name).words))
     monkeypatch.chdir(tmp_path)  # whose own path is none of theirs
     with pytest.raises(UserError):

@@ -11,9 +11,9 @@ from PIL import Image
 
 import common
 import data
-import draw
 import evaluate
 import train
+from toolbox import draw, report, shapes
 from tests.test_commands import SMALL, few_pictures  # noqa: F401
 
 HOSTILE = '</article><script>alert("x")</script><!--CARDS--> & \'quoted\' "text" <img src=x onerror=alert(1)>'
@@ -39,9 +39,9 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    out, whole = tmp_path_factory.mktemp("runs"), data.Shapes.__init__
+    out, whole = tmp_path_factory.mktemp("runs"), shapes.Shapes.__init__
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data.Shapes, "__init__", lambda self, name="shapes", split="train", seed=0, size=64, images=None:
+        patch.setattr(shapes.Shapes, "__init__", lambda self, name="shapes", split="train", seed=0, size=64, images=None:
                       whole(self, name, split, seed, size, images or (40 if split == "train" else 12)))
         for method in "dcris", "m2ist":
             train.main(["--method", method, *SMALL[2:], "--out", str(out / method)])
@@ -50,8 +50,8 @@ def runs(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ["dcris", "m2ist"])
 def test_a_page_that_opens_from_disk(runs, tmp_path, monkeypatch, method):
-    sentences = data.Shapes.sentences
-    monkeypatch.setattr(data.Shapes, "sentences", lambda self, i: [HOSTILE, *sentences(self, i)[1:]] if i == 3 else
+    sentences = shapes.Shapes.sentences
+    monkeypatch.setattr(shapes.Shapes, "sentences", lambda self, i: [HOSTILE, *sentences(self, i)[1:]] if i == 3 else
                         sentences(self, i))
     evaluate.main(["--ckpt", str(runs / method), "--split", "all", "--report", str(tmp_path / "a.html"), "--json",
                    str(tmp_path / "a.json")])
@@ -74,27 +74,27 @@ def test_a_page_that_opens_from_disk(runs, tmp_path, monkeypatch, method):
 
 def test_what_is_shown():
     ious = [0.5, 0.1, 0.9, 0.3, 0.7, 0.2, 0.8, 0.4, 0.6, 0.0]
-    groups = draw.chosen(ious, 6)
-    assert {k: sorted(ious[i] for i, g in groups.items() if g == k) for k in draw.GROUPS} == dict(
+    groups = report.chosen(ious, 6)
+    assert {k: sorted(ious[i] for i, g in groups.items() if g == k) for k in report.GROUPS} == dict(
         best=[0.8, 0.9], median=[0.4, 0.5], worst=[0.0, 0.1])
     for count in range(1, 12):
-        groups = list(draw.chosen(ious, count).values())
+        groups = list(report.chosen(ious, count).values())
         assert len(groups) == min(count, 10) and groups.count("worst") >= groups.count("best") >= groups.count("median")
-    assert draw.chosen([0.4], 3) == {0: "worst"}
+    assert report.chosen([0.4], 3) == {0: "worst"}
 
 
 def test_charts_by_hand():
-    svg = draw.by_group("a <title>", ["x", "y", "x"], ["z", "y", "x"], [0.2, 0.5, 0.4])
+    svg = report.by_group("a <title>", ["x", "y", "x"], ["z", "y", "x"], [0.2, 0.5, 0.4])
     assert "a &lt;title&gt;" in svg and re.findall(r"<text x=[^>]*>([^<]*)</text>", svg) == ["50", "y", "30", "x"]
     assert re.findall("n (\\d)<", svg) == ["1", "2"]
-    text = draw.charts([0.05, 0.95, 1.0], [0.5, 3, 60], ["a b", "a b c", "a " * 12], ["none", "left", "left"],
+    text = report.charts([0.05, 0.95, 1.0], [0.5, 3, 60], ["a b", "a b c", "a " * 12], ["none", "left", "left"],
                          evaluate.SIZES)
     counts = re.findall("n (\\d+)<", text)[:10]
     assert counts == ["1", *"0" * 8, "2"]
-    edges = draw.charts([0.3, 0.6, 0.7, 3 / 10], [1] * 4, ["a"] * 4, ["none"] * 4, evaluate.SIZES)
+    edges = report.charts([0.3, 0.6, 0.7, 3 / 10], [1] * 4, ["a"] * 4, ["none"] * 4, evaluate.SIZES)
     assert re.findall("n (\\d+)<", edges)[:10] == list("0002001100")
     assert re.findall(r">(\d+–\d+ %)<", text) == ["0–1 %", "2–5 %", "50–100 %"] and ">10+<" in text
-    assert draw.line("t", []) == draw.line("t", [(1, 2.0)]) == ""
+    assert report.line("t", []) == report.line("t", [(1, 2.0)]) == ""
 
 
 def test_pictures_of_a_run_as_it_learns(runs, tmp_path):
@@ -110,11 +110,10 @@ def test_pictures_of_a_run_as_it_learns(runs, tmp_path):
 
 
 def test_a_page_that_cannot_be(runs, capsys):
-    for words, message in [(["--image", "a.png", "--text", "b"], "--report goes with a split"),
+    for words, message in [(["--image", "a.png", "--text", "b"], "--report does not go with one picture"),
                            (["--report-count", "0"], "--report-count must be positive")]:
-        with pytest.raises(SystemExit):
+        with pytest.raises(common.UserError, match=message):
             evaluate.main(["--ckpt", str(runs / "dcris"), "--report", "a.html", *words])
-        assert message in capsys.readouterr().err
 
 
 def test_the_page_shows_what_was_scored(runs, tmp_path):

@@ -4,6 +4,7 @@ import functools
 import math
 import re
 import threading
+from dataclasses import fields
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -15,10 +16,12 @@ import common
 import evaluate
 import shared_ris
 import train
-from common import PAD, UserError, count, fingerprint, trained_names, trained_state
-from costs import saved_bytes
+from common import UserError, count, fingerprint, trained_names, trained_state
 from tests.test_common import attention, linear, norm, shuffle, two_steps
 from tests.test_data import make_refer
+from toolbox import weights
+from toolbox.costs import saved_bytes
+from toolbox.tokenizers import PAD, SentencePieces
 
 SENTENCES = ["the small red circle on the left", "square"]
 
@@ -92,7 +95,7 @@ def test_flops_of_the_parts():
     (dict(drop_path=1.0), "drop-path"), (dict(beta2=1.0), "beta2"), (dict(threshold=0.0), "threshold"),
     (dict(fpn_fusion="sum"), "fpn-fusion")])
 def test_impossible_settings_are_named(flags, name):
-    with pytest.raises(UserError, match=f"--{name} .* cannot be"):
+    with pytest.raises(UserError, match=f"--{name} .*must be"):
         shared_ris.config(**flags)
 
 
@@ -147,8 +150,10 @@ def released_state(size, seed=0, device=None):
 @pytest.fixture
 def small(monkeypatch):
     """beit3-base with three narrow layers, so that a file of it is small."""
+    preset = dict(stages=(1, 3), head_dim=32, head_heads=4)
     monkeypatch.setitem(shared_ris.BACKBONES, "beit3-base", SIZE)
-    return dict(stages=(1, 3), head_dim=32, head_heads=4)
+    monkeypatch.setitem(shared_ris.PRESETS, "beit3-base", preset)  # the defaults that the commands show
+    return preset
 
 
 @pytest.fixture(scope="module")
@@ -247,7 +252,7 @@ def test_names_and_shapes_of_the_released_files(backbone, tensors):
     assert len(state) == tensors + 4
     model = on_meta(backbone)
     del model.beit3.pieces
-    common.load_exactly(model.beit3, common.beit3_state(state, "file", 30), "file", backbone)
+    weights.load_exactly(model.beit3, weights.beit3_state(state, "file", 30), "file", backbone)
 
 
 @pytest.mark.parametrize("change", ["another grid", "bare", "module", "retrieval", "half"])
@@ -308,7 +313,7 @@ def test_files_that_do_not_fit(small, file, tmp_path, pieces):
                                              vocab_size=20, minloglevel=2)
     with pytest.raises(UserError, match="other.model is not BEiT-3's tokenizer, beit3.spm with its 40 pieces"):
         load(released_state(SIZE), "other.model")
-    with pytest.raises(UserError, match="beit3.spm cannot be read as weights: it holds something else than tensors"):
+    with pytest.raises(UserError, match="beit3.spm cannot be read as weights: it holds something other than tensors"):
         shared_ris.SharedRIS(shared_ris.config(**small), str(file.parent / "beit3.spm"))
     with pytest.raises(UserError, match="tiny has no released weights"):
         shared_ris.SharedRIS(shared_ris.config("tiny"), str(file))
@@ -327,7 +332,7 @@ def test_released_files_are_downloaded_once_and_whole(monkeypatch, tmp_path, sma
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(file.parent)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(shared_ris, "RELEASED", f"http://127.0.0.1:{server.server_port}/")
+    monkeypatch.setattr(weights, "BEIT3", f"http://127.0.0.1:{server.server_port}/")
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     cache, c = tmp_path / "hub" / "hub" / "checkpoints", shared_ris.config(**small)
@@ -350,9 +355,10 @@ def test_released_files_are_downloaded_once_and_whole(monkeypatch, tmp_path, sma
 
 def test_weights_that_have_seen_the_captions():
     for name in "a/beit3_base_indomain_patch16_224.pth", "beit3_large_patch16_480_coco_captioning.pth":
-        assert shared_ris.leak(name, "refcocog_umd").startswith("leak: beit3_") and not shared_ris.leak(name, "shapes")
-    for weights in "pretrained", "random", "a/beit3_base_patch16_224.pth,beit3.spm":
-        assert shared_ris.leak(weights, "refcoco") == ""
+        assert weights.leak("shared_ris", name, "refcocog_umd").startswith("leak: beit3_")
+        assert weights.leak("shared_ris", name, "shapes") == ""
+    for name in "pretrained", "random", "a/beit3_base_patch16_224.pth,beit3.spm":
+        assert weights.leak("shared_ris", name, "refcoco") == ""
 
 
 # tokens
@@ -361,7 +367,7 @@ def test_weights_that_have_seen_the_captions():
 @pytest.mark.parametrize("kind", ["unigram", "bpe"])
 def test_tokens_of_sentencepiece(kind, pieces, tmp_path):
     (tmp_path / "beit3.spm").write_bytes(pieces[kind])
-    tokenizer, sp = common.SentencePieces(str(tmp_path / "beit3.spm"), 50), sentencepiece.SentencePieceProcessor(
+    tokenizer, sp = SentencePieces(str(tmp_path / "beit3.spm"), 50), sentencepiece.SentencePieceProcessor(
         model_file=str(tmp_path / "beit3.spm"))
     sentences = ["the girl in green", "Zebra </s> <unk>", "a man with a red hat sitting on the couch left dog"]
     rows = [[0] + [i + 1 if i else 3 for i in sp.encode(s)] + [2] for s in sentences]
@@ -378,7 +384,7 @@ def test_words_without_a_vocabulary():
     assert tokens[1, 2:].tolist() == [2, PAD, PAD, PAD] and tokens[0, 3] == tokens[1, 1] >= 4
     assert torch.equal(tokens[:1], model.tokenize(["the red circle ."]))
     assert model.tokenize(["x " * 100]).shape == (1, 64) and model.tokenize(["x " * 100])[0, -1] == 2
-    ids = common.SentencePieces("", 64010).tokenize([" ".join(f"w{i}" for i in range(3000))], 3002)[0, 1:-1]
+    ids = SentencePieces("", 64010).tokenize([" ".join(f"w{i}" for i in range(3000))], 3002)[0, 1:-1]
     assert ids.min() >= 4 and ids.max() <= 64000 and len(ids.unique()) > 2900
 
 
@@ -439,7 +445,7 @@ def test_a_released_file_through_the_commands(small, file, tmp_path, tune, monke
 def test_without_sentencepiece_one_sentence_says_what_to_install(monkeypatch, file):
     monkeypatch.setitem(__import__("sys").modules, "sentencepiece", None)
     with pytest.raises(UserError, match="pip install sentencepiece"):
-        common.SentencePieces(str(file.parent / "beit3.spm"), 50)
+        SentencePieces(str(file.parent / "beit3.spm"), 50)
 
 
 # the head
@@ -548,6 +554,18 @@ def test_what_is_trained_gets_a_gradient_and_nothing_else(flags):
     else:
         assert without == UNREAD
         assert trained_names(model) == set(model.state_dict()) and fingerprint(model) == ""
+
+
+def test_the_head_starts_the_same_for_every_way_to_tune():
+    method = tiny(tune="method").state_dict()
+    for tune in "frozen", "full", "lora", "adapter":
+        head = {k: v for k, v in tiny(tune=tune).state_dict().items() if k.startswith(("fpn.", "decoder."))}
+        assert head and all(torch.equal(v, method[k]) for k, v in head.items())
+
+
+def test_every_setting_has_a_line_of_help():
+    described = common.field_help(shared_ris.Config)
+    assert {f.name for f in fields(shared_ris.Config)} == described.keys()
 
 
 def test_frozen_is_frozen():

@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import common
-import costs
 import evaluate
 import train
-from common import UserError, baseline_of, count, fingerprint, parameters, trained_names
-from costs import agrees
+from common import UserError, count, fingerprint, parameters, trained_names
+from toolbox import baselines, costs, tables
+from toolbox.baselines import baseline_of
+from toolbox.tables import agrees
 from tests.test_common import attention, two_steps
 from tests.test_commands import ROOT, few_pictures  # noqa: F401
 
 METHODS = evaluate.METHODS
-BASELINES = tuple(common.BASELINES)
+BASELINES = tuple(baselines.BASELINES)
 MODULES = {name: evaluate.load_method(name) for name in METHODS}
 SENTENCES = ["the small red circle on the left", "square"]
 
@@ -80,16 +81,16 @@ DIFFER = dict(  # rows whose printed sizes are not ours
 
 @pytest.mark.parametrize("paper", METHODS)
 def test_every_row_has_its_size(paper):
-    for number, table in MODULES[paper].TABLES.items():
+    for number, table in tables.TABLES[paper].items():
         names = [r.flags.get("method", paper) for r in table.rows]
-        rows = [costs.row_sizes(name, costs.row_config(MODULES[name], r, table)[0])
+        rows = [tables.row_sizes(name, tables.row_config(MODULES[name], r, table)[0])
                 for name, r in zip(names, table.rows)]
         if paper == "shared_ris":
             assert [(r["fpn"], r["decoder"]) for r in rows] == FPN_DECODER[number], number
             assert all(r["tuned"] in (221_528_064 - 5 * 768, 673_423_360 - 5 * 1024) for r in rows)
         else:
             assert [r["tuned"] for r in rows] == TUNED[paper, number], number
-    assert len(TUNED) == sum(len(m.TABLES) for name, m in MODULES.items() if name != "shared_ris")
+    assert len(TUNED) == sum(len(t) for name, t in tables.TABLES.items() if name != "shared_ris")
 
 
 def test_a_size_is_compared_as_it_is_printed():
@@ -100,16 +101,16 @@ def test_a_size_is_compared_as_it_is_printed():
 
 @pytest.mark.parametrize("paper", METHODS)
 def test_every_row_says_how_to_train_it_and_why_it_differs(paper, capsys):
-    evaluate.main(["--tables", "--method", paper, "--json", "-"])
+    tables.main(["--method", paper, "--json", "-"])
     rows = json.loads(capsys.readouterr().out)
-    tables = [(row, table) for table in MODULES[paper].TABLES.values() for row in table.rows]
-    assert [r["row"] for r in rows] == [row.name for row, _ in tables]
-    for r, (row, table) in zip(rows, tables):
+    expected = [(row, table) for table in tables.TABLES[paper].values() for row in table.rows]
+    assert [r["row"] for r in rows] == [row.name for row, _ in expected]
+    for r, (row, table) in zip(rows, expected):
         words = shlex.split(r["command"])
         assert words[:2] == ["python", "train.py"]
         args, c = train.parse(words[2:])  # as the shell would give them
         assert args.method == row.flags.get("method", paper) and args.data_root == "DATA"
-        assert (c, args.dataset) == costs.row_config(MODULES[args.method], row, table)
+        assert (c, args.dataset) == tables.row_config(MODULES[args.method], row, table)
         assert len(row.quoted) == len(table.columns) == len(r["quoted"])
         differs = r["row"] in DIFFER[paper].get(r["table"], [])
         assert r["match"] is (not differs if row.printed else None) and (r["note"] or not differs), r
@@ -117,7 +118,7 @@ def test_every_row_says_how_to_train_it_and_why_it_differs(paper, capsys):
 
 
 def test_the_tables_for_people(capsys):
-    evaluate.main(["--tables", "--method", "etris"])
+    tables.main(["--method", "etris"])
     out = capsys.readouterr().out
     line, = (s for s in out.splitlines() if s.startswith("n/2 -> n, 1"))
     assert "297,664" in line and "0.29M" in line and "differs*" in line and line.endswith("--bridger-stages 3")
@@ -149,10 +150,10 @@ def small(method, c):
 def test_every_row_trains(name):
     method, distinct = MODULES[name], {}
     for paper, module in MODULES.items():
-        for table in module.TABLES.values():
+        for table in tables.TABLES[module.__name__].values():
             for row in table.rows:
                 if row.flags.get("method", paper) == name:
-                    c = costs.row_config(method, row, table)[0]
+                    c = tables.row_config(method, row, table)[0]
                     distinct[small(method, c)] = f"{paper} {row.name}"
     for c, row in distinct.items():
         trains(method, c, row)
@@ -231,15 +232,15 @@ def test_a_checkpoint_of_a_baseline(name, tune, tmp_path):
     train.main([*quick, "--dataset", "shapes-shift", "--weights", towers, "--tune", tune, "--out", run, "--resume"])
 
 
-def test_the_sizes_of_the_readme():
+def test_the_sizes_in_the_documents():
     """Of every way to tune at full size, in its table of baselines."""
-    rows = re.findall(r"^\| `(\w[\w-]*)` \|[^|]*\|(.*)\|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w[\w-]*)` \|[^|]*\|(.*)\|$", (ROOT / "docs" / "tables.md").read_text(), re.MULTILINE)
     assert [tune for tune, _ in rows] == ["frozen", "method", *BASELINES, "full"]
     for tune, cells in rows:
         for name, cell in zip(METHODS, cells.split("|")):
             if cell.strip() != "(all)":
                 c = MODULES[name].config(tune=tune)
-                assert cell.split(";")[0].strip() == f"{costs.row_sizes(name, c)['tuned']:,}", (tune, name)
+                assert cell.split(";")[0].strip() == f"{tables.row_sizes(name, c)['tuned']:,}", (tune, name)
 
 
 def test_lora_is_a_sum_of_weights():
@@ -263,7 +264,7 @@ def test_lora_is_a_sum_of_weights():
 
 def test_compacter_is_a_sum_of_kronecker_products():
     sharing = []
-    layer, other = (common.PHMLinear(16, 8, rank=3, sharing=sharing) for _ in range(2))
+    layer, other = (baselines.PHMLinear(16, 8, rank=3, sharing=sharing) for _ in range(2))
     w = sum(torch.kron(layer.rule[i], layer.s[i] @ layer.t[i]) for i in range(4))
     x = torch.randn(5, 16)
     assert torch.allclose(layer(x), x @ w, atol=1e-5)
@@ -369,12 +370,12 @@ def test_the_towers_of_frozen_encoders_have_no_graph_until_something_in_them_lea
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--tune", "lora", "--baseline-dims", "4"], "--baseline-dims (4,) cannot be: two numbers such as 16,16"),
-    (["--tune", "lora", "--baseline-dims", "0,0"], "--baseline-dims (0, 0) cannot be"),
-    (["--tune", "coop", "--baseline-dims", "4,8"], "--baseline-dims (4, 8) cannot be: two numbers such as 0,8"),
-    (["--baseline-dims", "4,8"], "--baseline-dims (4, 8) cannot be: none with --tune method"),
-    (["--tune", "adapter", "--visual-layers", "1"], "--tune adapter cannot be: method, where layers are given adapters"),
-    (["--tune", "coop", "--words", "77"], "--words 77 cannot be: 3 to 69 tokens")])
+    (["--tune", "lora", "--baseline-dims", "4"], "--baseline-dims 4: must be two numbers such as 16,16"),
+    (["--tune", "lora", "--baseline-dims", "0,0"], "--baseline-dims 0,0: must be"),
+    (["--tune", "coop", "--baseline-dims", "4,8"], "--baseline-dims 4,8: must be two numbers such as 0,8"),
+    (["--baseline-dims", "4,8"], "--baseline-dims 4,8: must be left out with --tune method"),
+    (["--tune", "adapter", "--visual-layers", "1"], "--tune adapter: must be method, where blocks have adapters"),
+    (["--tune", "coop", "--words", "77"], "--words 77: must be 3 to 69 tokens")])
 def test_baselines_that_cannot_be(flags, message):
     with pytest.raises(UserError) as e:
         train.parse(["--method", "dcris", "--backbone", "dinov2-base", "--weights", "random", *flags])
@@ -425,31 +426,26 @@ def test_gflops_of_the_full_models_parts():
 
 
 def test_efficiency_is_asked_for_a_method(capsys):
-    evaluate.main(["--efficiency", "--method", "m2ist", "--backbone", "tiny", "--vary", "tune", "--json", "-"])
+    costs.main(["--method", "m2ist", "--backbone", "tiny", "--vary", "tune", "--json", "-"])
     rows = {r["tune"]: r for r in json.loads(capsys.readouterr().out)}
     assert rows.keys() == {"method", "frozen", "full", *BASELINES}
     assert rows["full"]["saved_percent_of_full"] == 100 > rows["method"]["saved_percent_of_full"]
-    for words, message in [(["--efficiency", "--backbone", "tiny"], "--backbone goes with --method"),
-                           (["--efficiency", "--tune", "lore"], "--tune lore: there are method, frozen"),
-                           (["--tables", "--tune", "lora"], "--tune does not go with --tables"),
-                           (["--tables", "--draw-count", "3"], "--draw-count does not go with --tables"),
-                           (["--tables", "--efficiency"], "give one of"),
-                           (["--ckpt", "x", "--time"], "--time does not go with --ckpt"),
-                           (["--efficiency", "--method", "shared_ris", "--tune", "method+lora"], "method+lora: there are method, frozen")]:
-        with pytest.raises(SystemExit):
-            evaluate.main(words)
-        assert message in capsys.readouterr().err, words
+    for words, message in [(["--backbone", "tiny"], "--backbone needs --method"),
+                           (["--tune", "lore"], "--tune lore: must be one of method, frozen"),
+                           (["--method", "shared_ris", "--tune", "method+lora"], "must be one of method, frozen")]:
+        with pytest.raises(UserError, match=message):
+            costs.main(words)
 
 
 def test_the_papers_memory_stands_beside_ours():
     m2ist = MODULES["m2ist"]
-    row = costs.printed(m2ist, m2ist.config())
+    row = tables.printed(m2ist, m2ist.config())
     assert row["tuned"] == "3.19M" and row["GB at 64"] == 15.44 and row["tables"] == "I II IV V VI VII IX X".split()
     dcris = MODULES["dcris"]
-    assert costs.printed(dcris, dcris.config()) == dict(
-        tables=["2", "4", "5"], tuned="2.69M", percent="1.79%", note=dcris.PERCENT)
-    rows = [dict(tune=t, saved_bytes_per_image=n, paper=costs.printed(m2ist, m2ist.config(tune=t)))
+    assert tables.printed(dcris, dcris.config()) == dict(
+        tables=["2", "4", "5"], tuned="2.69M", percent="1.79%", note=tables.PERCENT)
+    rows = [dict(tune=t, saved_bytes_per_image=n, paper=tables.printed(m2ist, m2ist.config(tune=t)))
             for t, n in (("method", 30), ("full", 100))]
     costs.beside_full(rows)
     assert rows[0]["saved_percent_of_full"] == 30.0 and rows[0]["paper_memory_percent_of_full"] == 39.6
-    assert costs.printed(m2ist, m2ist.config("tiny")) == {}
+    assert tables.printed(m2ist, m2ist.config("tiny")) == {}

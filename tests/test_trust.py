@@ -24,6 +24,7 @@ import data
 import evaluate
 import train
 from common import UserError
+from toolbox import released
 from tests.test_commands import ROOT, SMALL, command, few_pictures, log_of  # noqa: F401
 from tests.test_data import make_refer
 
@@ -445,7 +446,7 @@ def test_the_released_protocol_by_hand(size):
     s = min(32 / h, 32 / w)
     down = [cubic((np.arange(n) * s + (32 - n * s) / 2)[:, None] - np.arange(32)) for n in (h, w)]  # 0 outside
     expected = down[0] @ canvas @ down[1].T
-    assert np.allclose(data.released_from_canvas(p, size, pre).numpy(), expected, atol=1e-4)
+    assert np.allclose(released.unwarped(p, size, pre).numpy(), expected, atol=1e-4)
 
 
 def test_protocols(tmp_path, monkeypatch, capsys):

@@ -1,4 +1,13 @@
-"""Baselines: what the papers compare with, put into towers that are else frozen."""
+"""Baselines: the parameter-efficient methods that the papers compare with, inserted into otherwise frozen towers.
+
+    adapter       Houlsby et al. 2019            Bottleneck, behind each feed-forward network
+    adaptformer   Chen et al. 2022               Bottleneck, beside it
+    conv-adapter  Jie & Deng 2022                Bottleneck with a 3x3 convolution, beside it
+    compacter     Karimi Mahabadi et al. 2021    Bottleneck with PHMLinear
+    lora          Hu et al. 2021                 LoRA
+    coop          Zhou et al. 2022               CoOp
+    bitfit        Ben Zaken et al. 2022          add
+"""
 
 from __future__ import annotations
 
@@ -11,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Settings
 
-
-BASELINES = {  # --tune: the default of --baseline-dims, for pictures and words
+BASELINES = {  # --tune: the default of --baseline-dims, for images and words
     "adapter": (64, 64),       # widths of bottlenecks
     "adaptformer": (64, 64),
     "conv-adapter": (64, 0),
@@ -27,49 +36,51 @@ TUNES = ("method", "frozen", "full", *BASELINES, *(f"method+{name}" for name in 
 
 
 def baseline_of(tune: str) -> str:
-    """The name of the baseline in a --tune, or ""."""
+    """The baseline that a --tune names, or ""."""
     name = tune.removeprefix("method+")
     return name if name in BASELINES else ""
 
 
 def dims(tune: str, tiny: bool, **own: tuple[int, int]) -> tuple[int, ...]:
-    """The default of --baseline-dims; `own`: those of a method, by baseline."""
+    """The default of --baseline-dims. `own`: the method's own defaults, by baseline."""
     name = baseline_of(tune)
-    usual = BASELINES.get(name, ())
+    default = BASELINES.get(name, ())
     if tiny:
-        return tuple(-(-d // 4) for d in usual) if name != "coop" else usual
-    return own.get(name.replace("-", "_"), usual)
+        return tuple(-(-d // 4) for d in default) if name != "coop" else default
+    return own.get(name.replace("-", "_"), default)
 
 
 def rule(c) -> tuple[bool, str]:
-    """What common.check_config asks of baseline_dims: (whether they are possible, what they must be)."""
-    given, usual = c.baseline_dims, BASELINES.get(baseline_of(c.tune), ())
-    possible = len(given) == len(usual) and any(given) == any(usual) and all(
-        d == 0 or d > 0 and u for d, u in zip(given, usual))
-    return possible, f"two numbers such as {','.join(map(str, usual))}, 0 for none" if usual else \
-        f"left out with --tune {c.tune}"
+    """The rule of common.check_config for baseline_dims: (whether they are possible, what they must be)."""
+    given, default = c.baseline_dims, BASELINES.get(baseline_of(c.tune), ())
+    if not default:
+        return not given, f"left out with --tune {c.tune}"
+    # a tower without a default, such as CoOp's vision tower, cannot have the baseline
+    possible = len(given) == 2 and any(given) and all(d == 0 or d > 0 and u for d, u in zip(given, default))
+    return possible, f"two numbers such as {','.join(map(str, default))}, 0 for none"
 
 
 def prompts(c) -> int:
-    """How many prompts stand before the words (CoOp)."""
+    """The number of CoOp's prompts, which precede the words."""
     return c.baseline_dims[1] if baseline_of(c.tune) == "coop" else 0
 
 
 def prompted(tokens: Tensor, c) -> Tensor:
-    """(B, L) -> (B, n + L): room for the prompts, behind the start token, which stands there n times."""
+    """(B, L) -> (B, n + L): repeats the start token n times, as placeholders for the n prompts behind it."""
     return torch.cat([tokens[:, :1].expand(-1, prompts(c)), tokens], 1)
 
 
 def add(c, vision: dict[str, nn.Module], text: dict[str, nn.Module], words: nn.Embedding) -> list[nn.Module]:
-    """Puts the baseline of c.tune into towers, given as their modules by name; `words` embeds tokens. -> what is new.
+    """Inserts the baseline of c.tune into two towers. -> the new modules
 
-    The new modules are children of those they change, called through forward hooks, and LoRA's are parametrizations:
-    a method's own code stays as it is. All start as nothing, but for CoOp's prompts.
+    `vision`, `text`: the modules of a tower by name; `words`: the embedding of tokens. Each new module is a child of
+    the module that it changes and is called by a forward hook, or is a parametrization (LoRA). So the method's code
+    does not change. At the start all but CoOp's prompts leave the towers' output as it was.
     """
     name, added = baseline_of(c.tune), []
     if name == "coop":
         added.append(CoOp(words, prompts(c)))
-    elif name == "bitfit":  # Ben Zaken et al. 2022: the biases are trained, and nothing is added
+    elif name == "bitfit":  # trains the biases, adds no module
         for m in [*vision.values(), *text.values()]:
             for kind, p in m.named_parameters(recurse=False):
                 p.requires_grad_(p.requires_grad or kind.endswith("bias"))
@@ -80,8 +91,11 @@ def add(c, vision: dict[str, nn.Module], text: dict[str, nn.Module], words: nn.E
     return added
 
 
+# CoOp
+
+
 class CoOp(nn.Module):
-    """Zhou et al. 2022, Eq. 2: learnt vectors in the place of the embeddings of the tokens behind the first."""
+    """Zhou et al. 2022, Eq. 2: learned vectors replace the embeddings of the n tokens behind the first."""
 
     def __init__(self, words: nn.Embedding, n: int):
         super().__init__()
@@ -90,13 +104,16 @@ class CoOp(nn.Module):
         words.register_forward_hook(lambda m, args, x: m.baseline(x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, n + L, C), n of which prompted() made room for"""
+        """(B, n + L, C) -> the same shape; n is the number of prompts that prompted() inserted"""
         rest = x[:, 1 + len(self.vectors):]
         return torch.cat([x[:, :1], self.vectors.expand(len(x), -1, -1).to(x.dtype), rest], 1)
 
 
+# LoRA
+
+
 class LoRA(nn.Module):
-    """Hu et al. 2021, Eq. 3: W + B A for each block of W's rows that `parts` says."""
+    """Hu et al. 2021, Eq. 3: W + B A. W is divided into blocks of rows; `parts` says which of them get a B A."""
 
     def __init__(self, weight: Tensor, rank: int, parts: tuple[bool, ...]):
         super().__init__()
@@ -107,16 +124,16 @@ class LoRA(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """(P * D, D') -> (P * D, D')"""
-        low = iter(self.b @ self.a)                              # (D, D') of each block that learns
+        low = iter(self.b @ self.a)                              # (D, D') for each block that is tuned
         return weight + torch.cat([next(low) if part else torch.zeros_like(rows)
                                    for part, rows in zip(self.parts, weight.chunk(len(self.parts)))])
 
 
 def add_lora(modules: dict[str, nn.Module], rank: int) -> list[LoRA]:
-    """To the queries and values of every attention. W + B A is made at each use, and kept for backward."""
+    """Adds LoRA to the queries and values of every attention. W + B A is computed at each use and kept for backward."""
     added = []
     for name, m in modules.items():
-        if isinstance(m, nn.MultiheadAttention):  # queries, keys and values in one matrix
+        if isinstance(m, nn.MultiheadAttention):  # queries, keys and values are one matrix
             tensor, parts = "in_proj_weight", (True, False, True)
         elif isinstance(m, nn.Linear) and name.rsplit(".", 1)[-1] in ("q_proj", "v_proj", "query", "value"):
             tensor, parts = "weight", (True,)
@@ -127,17 +144,20 @@ def add_lora(modules: dict[str, nn.Module], rank: int) -> list[LoRA]:
     return added
 
 
-class PHMLinear(nn.Module):
-    """Compacter (Karimi Mahabadi et al. 2021): W is a sum of n Kronecker products, each of a small matrix, which all
-    layers share, with one of a low rank. (..., D) -> (..., D')
+# Bottlenecks
 
-    `sharing`: the layers that share; the first of them keeps the small matrices.
+
+class PHMLinear(nn.Module):
+    """Compacter (Karimi Mahabadi et al. 2021): W is a sum of n Kronecker products, each of a small matrix that all
+    layers share and a matrix of low rank. (..., D) -> (..., D')
+
+    `sharing`: the layers that share; the first of them owns the small matrices.
     """
 
     def __init__(self, width_in: int, width_out: int, rank: int, sharing: list[PHMLinear], n: int = 4):
         super().__init__()
         sharing.append(self)
-        self.first = (sharing[0],)  # in a tuple, so as not to be a child
+        self.first = (sharing[0],)  # in a tuple, so that it is not registered as a child
         if sharing[0] is self:
             self.rule = nn.Parameter(torch.randn(n, n, n) * n**-0.5)
         self.s = nn.Parameter(torch.randn(n, width_in // n, rank) * (2 / width_in) ** 0.5)
@@ -150,8 +170,9 @@ class PHMLinear(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """Houlsby et al. 2019: down, ReLU, up. For tokens (B, N, D), or maps (B, D, H, W), of which it may skip some as its
-    neighbour does (stride). With `conv` a 3x3 convolution over the last tokens that form a square (Jie & Deng 2022)."""
+    """Houlsby et al. 2019: down, ReLU, up. For tokens (B, N, D) or maps (B, D, H, W); a map may be subsampled by
+    `stride`. With `conv`, a 3x3 convolution follows `down`, over the patches: the last tokens, as many as form a square
+    (Jie & Deng 2022)."""
 
     def __init__(self, width: int, dim: int, linear: Callable = nn.Linear, conv: bool = False, stride: int = 1,
                  scale: float = 1.0):
@@ -176,9 +197,10 @@ FFN = {"c_fc": "c_proj", "fc1": "fc2", "linear1": "linear2", "intermediate.dense
 
 
 def add_bottlenecks(kind: str, modules: dict[str, nn.Module], dim: int) -> list[Bottleneck]:
-    """One for each feed-forward network of a transformer (Houlsby et al. have two in a layer; the sizes in the papers
-    are those of one): behind it, or beside it (AdaptFormer, conv-adapter). A ResNet has them beside its 3x3
-    convolutions (VL-Adapter, Sung et al. 2022), `dim` wide where these are widest, elsewhere in proportion."""
+    """Adds one bottleneck for each feed-forward network of a transformer, behind it or beside it (AdaptFormer,
+    conv-adapter). Houlsby et al. have two in a layer, but the sizes that the papers print are those of one. In a ResNet
+    they are beside the 3x3 convolutions (VL-Adapter, Sung et al. 2022): `dim` wide at the widest convolution, and
+    proportionally narrower at the others."""
     ends = [(m, modules[name.removesuffix(first) + last]) for name, m in modules.items() for first, last in FFN.items()
             if name.endswith(first)]
     convs = [m for name, m in modules.items() if re.search(r"layer\d\.\d+\.conv2$", name)]
@@ -187,7 +209,7 @@ def add_bottlenecks(kind: str, modules: dict[str, nn.Module], dim: int) -> list[
     added, sharing = [], []
     for first, last in zip(convs, convs) if in_convs else ends:
         width = last.weight.shape[0]
-        if kind == "compacter":  # dim is its rank; a quarter as wide, in multiples of its n
+        if kind == "compacter":  # dim is the rank; the width is a quarter of the tower's, in multiples of n
             linear, d = partial(PHMLinear, rank=dim, sharing=sharing), -(-width // 16) * 4
         else:
             linear, d = nn.Linear, max(1, dim * width // max(m.weight.shape[0] for m in convs)) if in_convs else dim
@@ -200,7 +222,8 @@ def add_bottlenecks(kind: str, modules: dict[str, nn.Module], dim: int) -> list[
 
 
 def attach(first: nn.Module, last: nn.Module, beside: bool) -> None:
-    """To what `last` gives is added what its baseline makes of it, or (beside) of what `first` reads."""
+    """Adds the baseline's output to the output of `last`. The baseline reads that output or, if beside, the input of
+    `first`."""
     if not beside:
         last.register_forward_hook(lambda m, args, y: y + m.baseline(y))
         return

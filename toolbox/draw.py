@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
 
 from common import writing
 
@@ -81,6 +83,95 @@ def wrapped(text: str, font, width: int) -> list[str]:
         else:
             line = longer
     return lines + [line]
+
+
+# What a model looks at: maps (B, h, w) by name, taken from a forward by hooks, so that the methods' files are without
+
+
+@torch.no_grad()
+def attention_maps(model: nn.Module, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+    """Maps over the canvas, by name. DCRIS: the length of what each adapter adds, and of the features. ETRIS: the
+    length of the features with and without Bridgers (Fig. 3). M2IST: the attention of [REG] over the image (Fig. 4).
+    Shared-RIS: the attention of the sentence's first token over the image (Fig. 7), a mean over heads."""
+    maps, handles = {}, []
+    method = type(model).__name__
+    globals()[f"hook_{method.lower()}"](model, tokens, maps, lambda m, f: handles.append(m.register_forward_hook(f)))
+    try:
+        model(images, tokens)
+        if method == "ETRIS" and model.bridgers:
+            with_bridgers, bridgers = dict(maps), model.bridgers
+            model.bridgers = nn.ModuleDict()
+            try:
+                model(images, tokens)
+            finally:
+                model.bridgers = bridgers
+            without = {name.replace("features, level", "level") + " without Bridgers": m for name, m in maps.items()}
+            maps = with_bridgers | without
+    finally:
+        for handle in handles:
+            handle.remove()
+    return maps
+
+
+def on_grid(tokens: Tensor) -> Tensor:
+    """(B, N) -> (B, H, W), for a square canvas"""
+    side = int(tokens.shape[1] ** 0.5)
+    return tokens[:, -side * side:].unflatten(1, (side, side))
+
+
+def hook_features(model: nn.Module, maps: dict, hook) -> None:
+    def features(neck, args, out) -> None:
+        levels = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+        maps.update({f"features, level {n}": level.norm(dim=1) for n, level in enumerate(levels, 4 - len(levels))})
+
+    hook(model.neck, features)
+
+
+def hook_etris(model: nn.Module, tokens: Tensor, maps: dict, hook) -> None:
+    hook_features(model, maps, hook)
+
+
+def hook_dcris(model: nn.Module, tokens: Tensor, maps: dict, hook) -> None:
+    for i, adapter in model.visual_adapters.items():
+        def added(adapter, args, out, i=int(i)) -> None:
+            scale = model.vision.encoder.layer[i].layer_scale2
+            maps[f"adapter of block {i + 1}"] = on_grid(scale(model.c.adapter_scale * out)[:, 5:].norm(dim=2))
+
+        hook(adapter, added)
+    hook_features(model, maps, hook)
+
+
+def hook_m2ist(model: nn.Module, tokens: Tensor, maps: dict, hook) -> None:
+    for i, layer in enumerate(model.vl_encoder, 1):
+        def look(layer, args, out, i=i) -> None:
+            x, pos, pad = args
+            weights = layer.self_attn(x + pos, x + pos, x, key_padding_mask=pad)[1]  # (B, 1 + L + N, 1 + L + N)
+            maps[f"[REG], V-L layer {i}"] = on_grid(weights[:, 0, 1 + tokens.shape[1]:])
+
+        hook(layer, look)
+
+
+def hook_sharedris(model: nn.Module, tokens: Tensor, maps: dict, hook) -> None:
+    def look_in_encoder(layer, args, out) -> None:
+        v, t, keys = args
+        attention, (v, t) = layer.self_attn, layer.self_attn_layer_norm(v, t)
+        q, k = attention.q_proj.B(t[:, :1]), torch.cat(attention.k_proj(v, t), 1)
+        q, k = (x.unflatten(2, (attention.heads, -1)).transpose(1, 2) for x in (q, k))  # (B, h, 1 or 1 + N + L, d / h)
+        scores = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).masked_fill(~keys, -torch.inf)
+        maps["encoder"] = on_grid(scores.softmax(3).mean(1)[:, 0, 1:v.shape[1]])
+
+    hook(model.beit3.layers[-1], look_in_encoder)
+    places = {f"FPN, stage {j}": m for j, m in zip(model.fpn.stages, model.fpn.fusion) if model.c.fpn_fusion == "self"}
+    if model.c.decoder_fusion == "self" and len(model.decoder.layers):
+        places["decoder"] = model.decoder.layers[0].fusion
+    for name, fusion in places.items():
+        def look(fusion, args, out, name=name) -> None:
+            x, n, pad = args
+            y = fusion.norm(x)
+            weights = fusion.attention(y[:, n:n + 1], y, y, key_padding_mask=pad)[1]  # (B, 1, 1 + N + L)
+            maps[name] = on_grid(weights[:, 0, 1:n])
+
+        hook(fusion, look)
 
 
 def heat_sheet(image: np.ndarray, maps: dict[str, np.ndarray], answer, sentence: str) -> Image.Image:

@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> None:
             print_rows([row for row in rows if (row["method"], row["table"]) == key])
         print("Our sizes are exact for the command; a * has a note. The figures behind them are the papers', "
               "measured by their authors; columns with + or g are of --dataset refcoco+ and refcocog_umd or "
-              "refcocog_google. For DATA see the README.")
+              "refcocog_google. For DATA see docs/data.md.")
     common.write_result(args.json, rows)
 
 

@@ -1,4 +1,4 @@
-"""Files that others release (CLIP, DINOv2, DETR, BERT, BEiT-3) as state dicts of our towers; the hub, downloads."""
+"""Loads released weights (CLIP, DINOv2, DETR, BERT, BEiT-3) into our towers, from files, the hub or a download."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from common import UserError, first_line
 
+# Files
 
 
 def fetch(repo: str, name: str, else_: str = "--weights FILE[,FILE] takes files, and --weights random or --backbone "
           "tiny needs none") -> str:
-    """Path of a file of the Hugging Face hub, from its cache or downloaded. Raises UserError without either."""
+    """Path of a file of the Hugging Face hub, from its cache or downloaded. Raises UserError where both fail."""
     from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
@@ -31,16 +32,16 @@ def fetch(repo: str, name: str, else_: str = "--weights FILE[,FILE] takes files,
         return hf_hub_download(repo, name, local_files_only=True)
     except EntryNotFoundError:  # not in the cache
         pass
-    except ValueError as e:  # of the hub's own kind for names that cannot be
+    except ValueError as e:  # the hub's error for an invalid name
         raise UserError(f"{name} of {repo}: {first_line(e)}.") from None
     missing = (f"{name} of {repo} is not on this machine and {constants.ENDPOINT} cannot be reached. With a network: "
                f"hf download {repo} {name}. Without one, {else_}.")
-    try:  # one quick look, since the hub's own retries take over a minute
+    try:  # checked once here, because the hub's own retries take over a minute
         if constants.HF_HUB_OFFLINE:
             raise UserError(missing)
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
     except urllib.error.HTTPError:
-        pass  # it answered
+        pass  # the server answered
     except OSError:
         raise UserError(missing) from None
     try:
@@ -50,13 +51,13 @@ def fetch(repo: str, name: str, else_: str = "--weights FILE[,FILE] takes files,
 
 
 def download(url: str) -> str:
-    """Path of a released file, from torch.hub's cache or downloaded into it. Raises UserError without either."""
-    from filelock import FileLock  # torch needs it too
+    """Path of a released file, from torch.hub's cache or downloaded into it. Raises UserError where both fail."""
+    from filelock import FileLock  # a requirement of torch
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # one of several processes downloads it
+        with FileLock(f"{path}.lock"):  # only one of several processes downloads
             if not path.exists():
                 with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10) as answer:
                     size = answer.headers.get("Content-Length")
@@ -81,19 +82,19 @@ def read_weights(path: str) -> dict[str, Tensor]:
             state = load_file(path)
         else:
             try:
-                # DETR's files keep their flags, others figures as numpy has them
+                # DETR's files also contain their flags, other files numpy scalars
                 scalar = np.float64(0).__reduce__()[0]
                 numbers = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)), scalar,
-                           (scalar, "numpy.core.multiarray.scalar")]  # its name before numpy 2
+                           (scalar, "numpy.core.multiarray.scalar")]  # its name in numpy 1
                 with torch.serialization.safe_globals([argparse.Namespace, *numbers]):
                     state = torch.load(path, map_location="cpu", weights_only=True)
             except RuntimeError as e:  # OpenAI's CLIP files are TorchScript archives
                 if "TorchScript" not in str(e):
                     raise
                 state = torch.jit.load(path, map_location="cpu").state_dict()
-    except Exception as e:  # whatever a broken or foreign file makes the readers say
+    except Exception as e:  # a damaged or foreign file can raise anything
         why = re.sub(r"\x1b\[\d+m", "", first_line(e))  # torch prints in bold
-        why = "it holds something else than tensors" if why.startswith("Weights only load failed") else why
+        why = "it holds something other than tensors" if why.startswith("Weights only load failed") else why
         raise UserError(f"{path} cannot be read as weights: {why}") from None
     for wrapper in "state_dict", "model", "module":
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -104,7 +105,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor], path: str, what: str) -> None:
-    """Copies `state` into `module`. Raises UserError that lists what is missing, left over or of another shape."""
+    """Copies `state` into `module`. Raises UserError that lists what is missing, unexpected or of another shape."""
     own = module.state_dict()
     wrong = [f"{n} missing: {sorted(m)[0]}, ..." for m in [own.keys() - state.keys()] if (n := len(m))]
     wrong += [f"{n} unexpected: {sorted(m)[0]}, ..." for m in [state.keys() - own.keys()] if (n := len(m))]
@@ -116,7 +117,7 @@ def load_exactly(module: nn.Module, state: dict[str, Tensor], path: str, what: s
 
 
 def renamed(state: dict[str, Tensor], renames: list[tuple]) -> dict[str, Tensor]:
-    """Each name after all of these (pattern, replacement), one after another."""
+    """Applies each (pattern, replacement) in turn to every name."""
     out = {}
     for k, v in state.items():
         for pattern, name in renames:
@@ -125,14 +126,24 @@ def renamed(state: dict[str, Tensor], renames: list[tuple]) -> dict[str, Tensor]
     return out
 
 
+def check_released(backbone: str, weights: str) -> None:
+    """Raises UserError where released weights are asked of a tiny backbone, which has none."""
+    if weights != "random" and backbone.startswith("tiny"):
+        raise UserError(f"--weights {weights}: the backbone {backbone} has no released weights; give --weights random, "
+                        "or a run folder that trained such towers.")
+
+
+# CLIP, DINOv2
+
+
 def clip_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """CLIP's weights in fp32, without the notes that OpenAI's archives keep among them."""
-    notes = "input_resolution", "context_length", "vocab_size"
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items() if k not in notes}
+    """CLIP's weights in fp32, without the metadata that OpenAI's archives store among them."""
+    metadata = "input_resolution", "context_length", "vocab_size"
+    return {k: v.float() if v.is_floating_point() else v for k, v in state.items() if k not in metadata}
 
 
 def dinov2_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """DINOv2's weights under Meta's names, or older or newer transformers' ones, with the names that `model` has."""
+    """DINOv2's weights, renamed from Meta's names or those of older or newer transformers to the names in `model`."""
     if "blocks.0.attn.qkv.weight" in state:  # Meta's file: query, key and value in one matrix
         for k in [k for k in state if ".attn.qkv." in k]:
             for name, part in zip("qkv", state.pop(k).chunk(3)):
@@ -144,7 +155,7 @@ def dinov2_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
            ("attention.attention.value", "attention.v_proj"), ("attention.output.dense", "attention.o_proj")]
     top = {"cls_token": "cls_token", "mask_token": "mask_token", "register_tokens": "register_tokens",
            "pos_embed": "position_embeddings"}
-    before_5 = "encoder.layer.0.attention.q_proj.weight" not in model.state_dict()  # transformers had the old names
+    transformers_4 = "encoder.layer.0.attention.q_proj.weight" not in model.state_dict()
     out = {}
     for k, v in state.items():
         k = k.removeprefix("dinov2_with_registers.")
@@ -152,49 +163,21 @@ def dinov2_state(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
         k = "layernorm" + k.removeprefix("norm") if k.startswith("norm.") else k
         for a, b in renames + old:
             k = k.replace(a, b)
-        for a, b in old if before_5 else ():
+        for a, b in old if transformers_4 else ():
             k = k.replace(b, a)
         out[k] = v.float()
     return out
 
 
-def bert_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """BERT's weights as the hub has them, with transformers' names and without the pooler and the heads."""
-    out = {}
-    for k, v in state.items():
-        k = k.removeprefix("bert.").replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
-        if not k.startswith(("cls.", "pooler.")) and not k.endswith("position_ids"):
-            out[k] = v.float()
-    return out
-
-
-def detr_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """DETR's ResNet, projection and encoder, under DETR's names or older or newer transformers' ones -> as m2ist.DETR
-    names them. The decoder and the heads are left out by name; anything else stays, to be told of."""
-    renames = [
-        (r"^model\.", ""), (r"^(backbone\.0\.body|backbone\.conv_encoder\.model|backbone\.model)\.", "body."),
-        (r"^body\.embedder\.embedder\.convolution", "body.conv1"),
-        (r"^body\.embedder\.embedder\.normalization", "body.bn1"),
-        (r"^body\.encoder\.stages\.(\d)\.layers\.", lambda m: f"body.layer{int(m[1]) + 1}."),
-        (r"\.shortcut\.convolution", ".downsample.0"), (r"\.shortcut\.normalization", ".downsample.1"),
-        (r"\.layer\.(\d)\.convolution", lambda m: f".conv{int(m[1]) + 1}"),
-        (r"\.layer\.(\d)\.normalization", lambda m: f".bn{int(m[1]) + 1}"),
-        (r"^input_projection\.", "input_proj."), (r"^(transformer\.)?encoder\.layers\.", "layers."),
-        (r"\.o_proj\.", ".out_proj."), (r"\.self_attn_layer_norm\.", ".norm1."), (r"\.final_layer_norm\.", ".norm2."),
-        (r"\.(mlp\.)?fc([12])\.", r".linear\2.")]
-    rest = re.compile(r"(model\.)?(transformer\.)?(decoder|class_embed|bbox_embed|query_embed|class_labels_classifier|"
-                      r"query_position_embeddings|bbox_predictor)\.|.*\.num_batches_tracked$")
-    out = {k: v.float() for k, v in renamed({k: v for k, v in state.items() if not rest.match(k)}, renames).items()}
-    for k in [k for k in out if ".q_proj." in k]:  # nn.MultiheadAttention has query, key and value in one matrix
-        names = [k.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
-        if all(n in out for n in names):
-            out[k.replace(".q_proj.", ".in_proj_")] = torch.cat([out.pop(n) for n in names])
-    return out
+def load_clip(clip: nn.Module, weights: str, hub: str, backbone: str) -> None:
+    """Loads CLIP. `weights`: "pretrained" (the hub's cache, or downloaded) or a file."""
+    file = fetch(hub, "open_clip_model.safetensors") if weights == "pretrained" else weights
+    load_exactly(clip, clip_state(read_weights(file)), file, f"CLIP {backbone}")
 
 
 def load_dinov2_and_clip(vision: nn.Module, text: nn.Module, weights: str, hub: str, what: str) -> None:
-    """DINOv2 with registers, and the text half of CLIP ViT-B/16: "pretrained" (the hub's cache, or downloaded) or two
-    files with a comma between, in any order. Raises UserError for anything else."""
+    """Loads DINOv2 with registers and the text half of CLIP ViT-B/16. `weights`: "pretrained" (the hub's cache, or
+    downloaded) or two files separated by a comma, in any order. Raises UserError for anything else."""
     files, loaded = weights.split(","), set()
     if weights == "pretrained":
         files = [fetch(hub, "model.safetensors"),
@@ -210,35 +193,49 @@ def load_dinov2_and_clip(vision: nn.Module, text: nn.Module, weights: str, hub: 
             loaded.add("DINOv2")
     if len(loaded) < 2 or len(files) > 2:
         raise UserError(f"--weights {weights}: two files are needed, one of DINOv2 with registers and one of CLIP "
-                        f"ViT-B/16, with a comma between; found {' and '.join(sorted(loaded))}.")
+                        f"ViT-B/16, separated by a comma; found {' and '.join(sorted(loaded))}.")
 
 
-def beit3_state(state: dict[str, Tensor], path: str, grid: int) -> dict[str, Tensor]:
-    """BEiT-3's weights without its heads, as shared_ris.BEiT3 names them, with positions for grid x grid patches."""
-    heads = re.compile(r"(mlm_head|mim_head|language_head|vision_head)\.|logit_scale$")
-    state = {re.sub(r"^(encoder|vision_embed)\.", "", name): v.float() for k, v in state.items()
-             if not heads.match(name := k.removeprefix("beit3."))}
-    positions = state.get(key := "embed_positions.A.weight")
-    rows = len(positions) if positions is not None and positions.dim() == 2 else 0
-    side = math.isqrt(max(1, rows - 3))
-    if rows != side ** 2 + 3:
-        raise UserError(f"{path} does not hold BEiT-3: its positions, encoder.{key}, are not those of a square.")
-    rest, square = positions[:3], positions[3:].view(1, side, side, -1).permute(0, 3, 1, 2)
-    if side != grid:  # as BEiT-3's authors do: bicubic, not antialiased
-        square = F.interpolate(square, (grid, grid), mode="bicubic")
-    state[key] = torch.cat([rest, square.flatten(2)[0].T])
-    return state
+# DETR, BERT
 
 
-def load_clip(clip: nn.Module, weights: str, hub: str, backbone: str) -> None:
-    """CLIP: "pretrained" (the hub's cache, or downloaded) or a file."""
-    file = fetch(hub, "open_clip_model.safetensors") if weights == "pretrained" else weights
-    load_exactly(clip, clip_state(read_weights(file)), file, f"CLIP {backbone}")
+def detr_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """DETR's ResNet, projection and encoder, renamed from DETR's names or those of older or newer transformers to
+    those of m2ist.DETR. The decoder and the heads are dropped; any other name stays, for load_exactly to report."""
+    renames = [
+        (r"^model\.", ""), (r"^(backbone\.0\.body|backbone\.conv_encoder\.model|backbone\.model)\.", "body."),
+        (r"^body\.embedder\.embedder\.convolution", "body.conv1"),
+        (r"^body\.embedder\.embedder\.normalization", "body.bn1"),
+        (r"^body\.encoder\.stages\.(\d)\.layers\.", lambda m: f"body.layer{int(m[1]) + 1}."),
+        (r"\.shortcut\.convolution", ".downsample.0"), (r"\.shortcut\.normalization", ".downsample.1"),
+        (r"\.layer\.(\d)\.convolution", lambda m: f".conv{int(m[1]) + 1}"),
+        (r"\.layer\.(\d)\.normalization", lambda m: f".bn{int(m[1]) + 1}"),
+        (r"^input_projection\.", "input_proj."), (r"^(transformer\.)?encoder\.layers\.", "layers."),
+        (r"\.o_proj\.", ".out_proj."), (r"\.self_attn_layer_norm\.", ".norm1."), (r"\.final_layer_norm\.", ".norm2."),
+        (r"\.(mlp\.)?fc([12])\.", r".linear\2.")]
+    rest = re.compile(r"(model\.)?(transformer\.)?(decoder|class_embed|bbox_embed|query_embed|class_labels_classifier|"
+                      r"query_position_embeddings|bbox_predictor)\.|.*\.num_batches_tracked$")
+    out = {k: v.float() for k, v in renamed({k: v for k, v in state.items() if not rest.match(k)}, renames).items()}
+    for k in [k for k in out if ".q_proj." in k]:  # nn.MultiheadAttention: query, key and value are one matrix
+        names = [k.replace(".q_proj.", f".{x}_proj.") for x in "qkv"]
+        if all(n in out for n in names):
+            out[k.replace(".q_proj.", ".in_proj_")] = torch.cat([out.pop(n) for n in names])
+    return out
+
+
+def bert_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """BERT's weights as the hub has them, renamed as in transformers, without the pooler and the heads."""
+    out = {}
+    for k, v in state.items():
+        k = k.removeprefix("bert.").replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias")
+        if not k.startswith(("cls.", "pooler.")) and not k.endswith("position_ids"):
+            out[k] = v.float()
+    return out
 
 
 def load_detr_and_bert(detr: nn.Module, bert: nn.Module, weights: str) -> str:
-    """DETR's encoder and BERT: "pretrained" (the hub's cache, or downloaded) or two files with a comma between, in any
-    order. -> path of BERT's vocabulary, a vocab.txt that lies beside its file"""
+    """Loads DETR's encoder and BERT. `weights`: "pretrained" (the hub's cache, or downloaded) or two files separated by
+    a comma, in any order. -> path of BERT's vocabulary, the vocab.txt beside its file"""
     files, words, loaded = weights.split(","), "", set()
     if weights == "pretrained":
         hub = dict(detr="facebook/detr-resnet-50", bert="google-bert/bert-base-uncased")
@@ -254,17 +251,36 @@ def load_detr_and_bert(detr: nn.Module, bert: nn.Module, weights: str) -> str:
             load_exactly(detr, detr_state(state), file, "the encoder of DETR with a ResNet-50")
             loaded.add("DETR")
     if len(loaded) < 2 or len(files) > 2:
-        raise UserError(f"--weights {weights}: two files are needed, one of DETR and one of bert-base-uncased, with a "
-                        f"comma between; found {' and '.join(sorted(loaded))}.")
+        raise UserError(f"--weights {weights}: two files are needed, one of DETR and one of bert-base-uncased, "
+                        f"separated by a comma; found {' and '.join(sorted(loaded))}.")
     return words
 
+
+# BEiT-3
 
 BEIT3 = "https://github.com/addf400/files/releases/download/beit3/"
 
 
+def beit3_state(state: dict[str, Tensor], path: str, grid: int) -> dict[str, Tensor]:
+    """BEiT-3's weights without its heads, renamed as in shared_ris.BEiT3, with positions for grid x grid patches."""
+    heads = re.compile(r"(mlm_head|mim_head|language_head|vision_head)\.|logit_scale$")
+    state = {re.sub(r"^(encoder|vision_embed)\.", "", name): v.float() for k, v in state.items()
+             if not heads.match(name := k.removeprefix("beit3."))}
+    positions = state.get(key := "embed_positions.A.weight")
+    rows = len(positions) if positions is not None and positions.dim() == 2 else 0
+    side = math.isqrt(max(1, rows - 3))
+    if rows != side ** 2 + 3:
+        raise UserError(f"{path} does not hold BEiT-3: its positions, encoder.{key}, are not those of a square.")
+    rest, square = positions[:3], positions[3:].view(1, side, side, -1).permute(0, 3, 1, 2)
+    if side != grid:  # as BEiT-3's authors: bicubic, not antialiased
+        square = F.interpolate(square, (grid, grid), mode="bicubic")
+    state[key] = torch.cat([rest, square.flatten(2)[0].T])
+    return state
+
+
 def load_beit3(beit3: nn.Module, weights: str, backbone: str) -> str:
-    """BEiT-3: "pretrained" (torch.hub's cache, or downloaded) or a file for any image size, with beit3.spm beside it or
-    behind a comma. -> path of that tokenizer"""
+    """Loads BEiT-3. `weights`: "pretrained" (torch.hub's cache, or downloaded) or a file for any image size, with
+    beit3.spm beside it or after a comma. -> path of that tokenizer"""
     if weights == "pretrained":
         name = backbone.replace("beit3-", "beit3_") + "_patch16_224.pth"
         file, pieces = download(BEIT3 + name), download(BEIT3 + "beit3.spm")
@@ -275,42 +291,37 @@ def load_beit3(beit3: nn.Module, weights: str, backbone: str) -> str:
     return pieces
 
 
-def check_released(backbone: str, weights: str) -> None:
-    """Raises UserError for released weights of a tiny backbone, which has none."""
-    if weights != "random" and backbone.startswith("tiny"):
-        raise UserError(f"--weights {weights}: the backbone {backbone} has no released weights; give --weights random, "
-                        "or a run folder that trained such towers.")
-
-
-# Weights that have seen the photographs of val and test splits
+# Leaks: weights trained on images of the val and test splits
 
 
 def leak(method: str, weights: str, dataset: str) -> str:
-    """A warning where a method's released weights were trained on photographs of the data set's val and test splits,
-    or ""."""
+    """A warning where a method's released weights were trained on images of the data set's val and test splits, or
+    ""."""
     if not dataset.startswith(("refcoco", "mixed")) or weights == "random":
         return ""
     return dict(m2ist=leak_of_detr, shared_ris=leak_of_beit3).get(method, lambda *_: "")(weights, dataset)
 
 
 def leak_of_detr(weights: str, dataset: str) -> str:
-    """DETR is trained on COCO, RefCOCO's photographs among it. M2IST's is trained without those of val and test splits;
-    such files are TransVG's detr-r50-unc.pth (for refcoco, refcoco+) and detr-r50-gref.pth (for refcocog)."""
+    """DETR is trained on COCO, which contains RefCOCO's images. M2IST uses a DETR trained without those of the val and
+    test splits, such as TransVG's detr-r50-unc.pth (refcoco, refcoco+) and detr-r50-gref.pth (refcocog)."""
     clean = "gref" if dataset.startswith("refcocog") else "unc"
     for file in [] if weights == "pretrained" or dataset == "mixed" else weights.split(","):
         if re.search(rf"detr.*{clean}", os.path.basename(file)):
-            if not os.path.isfile(file) or not sha256(file).startswith("e632da11"):  # which is Facebook's, renamed
+            if not os.path.isfile(file) or not sha256(file).startswith("e632da11"):  # Facebook's file under that name
                 return ""
     return (f"leak: DETR's weights were trained on photographs of {dataset}'s val and test splits, so its figures are "
             f"too good; weights without them, such as TransVG's detr-r50-{clean}.pth, give the paper's setting")
 
 
 def leak_of_beit3(weights: str, dataset: str) -> str:
-    """By the names of BEiT-3's files: "indomain" ones were trained further on COCO and Visual Genome, others on COCO's
+    """By file name: BEiT-3's "indomain" files were trained further on COCO and Visual Genome, others on COCO's
     captions."""
-    seen = [f for f in map(os.path.basename, weights.split(",")) if re.search("indomain|coco|nocaps", f)]
-    return seen and (f"leak: {seen[0]} was trained on COCO's photographs and their captions, those of {dataset}'s val "
-                     "and test splits among them, so its figures may be too good") or ""
+    for file in map(os.path.basename, weights.split(",")):
+        if re.search("indomain|coco|nocaps", file):
+            return (f"leak: {file} was trained on COCO's photographs and their captions, those of {dataset}'s val and "
+                    "test splits among them, so its figures may be too good")
+    return ""
 
 
 def sha256(file: str) -> str:
