@@ -254,7 +254,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
                                                                                       else 1))
     with pytest.raises(common.UserError, match="the loss is nan at step 5.*shapes/train picture"):
         train.main([*SMALL, "--out", str(tmp_path / "run")])
-    assert torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["step"] == 3
+    assert torch.load(tmp_path / "run" / "resume.pt", weights_only=True)["progress"]["step"] == 3
 
 
 def test_accumulation_is_the_same_batch(tmp_path):
@@ -349,10 +349,10 @@ def test_etris_from_training_to_a_prediction(tmp_path, backbone):
 
 def test_the_towers_of_another_method_or_backbone_are_refused(run, tmp_path):
     flags = ["--method", "etris", *SMALL[2:]]
-    with pytest.raises(common.UserError, match="holds dcris with tiny, not etris with tiny"):
+    with pytest.raises(common.UserError, match="a run of dcris with tiny, not of etris with tiny"):
         train.main([*flags, "--weights", str(run), "--out", str(tmp_path / "x")])
     train.main([*flags, "--backbone", "tiny-vit", "--steps", "1", "--out", str(tmp_path / "vit")])
-    with pytest.raises(common.UserError, match="holds etris with tiny-vit, not etris with tiny"):
+    with pytest.raises(common.UserError, match="a run of etris with tiny-vit, not of etris with tiny"):
         train.main([*flags, "--weights", str(tmp_path / "vit"), "--out", str(tmp_path / "x")])
     with pytest.raises(common.UserError, match="do not fit these settings: clip.visual.positional_embedding"):
         train.main([*flags, "--backbone", "tiny-vit", "--variant", "released", "--image-size", "128", "--weights",
@@ -553,8 +553,9 @@ def test_an_object_on_the_border_of_two_sizes(tmp_path, monkeypatch):
 
 
 def test_the_leak_warning_reaches_every_result(tmp_path, monkeypatch, capsys):
-    import m2ist
-    monkeypatch.setattr(m2ist, "leak", lambda weights, dataset: f"leak: {weights} {dataset}" if weights == "random" else "")
+    for program in train, evaluate:
+        monkeypatch.setattr(program, "leak", lambda method, weights, dataset:
+                            f"leak: {weights} {dataset}" if weights == "random" else "")
     run, after = str(tmp_path / "run"), str(tmp_path / "after")
     train.main([*BOX, "--out", run])
     train.main([*BOX, "--dataset", "shapes-shift", "--weights", run, "--out", after])  # its encoders' own weights count

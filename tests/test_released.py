@@ -317,7 +317,7 @@ def test_files_that_are_no_released_models(tmp_path, capsys):
 def test_the_hub_is_asked_for_the_file(tmp_path, monkeypatch):
     torch.save({"a": torch.zeros(3)}, tmp_path / "other.pth")
     asked = []
-    monkeypatch.setattr(common, "fetch", lambda repo, name, else_: asked.append((repo, name)) or str(tmp_path / "other.pth"))
+    monkeypatch.setattr("toolbox.released.fetch", lambda repo, name, else_: asked.append((repo, name)) or str(tmp_path / "other.pth"))
     with pytest.raises(UserError, match="hf:thuteam/DETRIS/base/refcoco.pth is neither"):
         evaluate.load_run("hf:thuteam/DETRIS/base/refcoco.pth", None, common.start(device="cpu"))
     assert asked == [("thuteam/DETRIS", "base/refcoco.pth")]

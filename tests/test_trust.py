@@ -116,7 +116,7 @@ def test_a_run_that_is_cut_five_times_is_the_unbroken_one(tmp_path, monkeypatch,
     for done, cut in zip([0, *cuts], cuts):
         StopAt.calls, StopAt.at = 0, cut - done
         assert train.main([*flags, "--out", str(tmp_path / "cut"), "--resume"]) == 128 + signal.SIGTERM
-        assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["step"] == cut
+        assert torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["progress"]["step"] == cut
     StopAt.at = 1000
     assert train.main([*flags, "--out", str(tmp_path / "cut"), "--resume"]) == 0
     assert same_runs(tmp_path / "whole", tmp_path / "cut")
@@ -131,7 +131,8 @@ def test_a_signal_during_validation(tmp_path, monkeypatch):
         code = train.main([*SMALL, "--out", str(tmp_path / "cut"), "--resume"])
         assert code == (0 if at == 1000 else 128 + signal.SIGTERM)
         if at < 1000:
-            assert StopAt.calls <= at + 1 and torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["validate"]
+            step = torch.load(tmp_path / "cut" / "resume.pt", weights_only=True)["progress"]["step"]
+            assert StopAt.calls <= at + 1 and not any(e["step"] == step and "val" in e for e in log_of(tmp_path / "cut"))
     assert same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -176,12 +177,12 @@ def test_a_run_that_is_killed_goes_on(tmp_path):
         _, said = process.communicate()
         assert "Traceback" not in said and "error:" not in said, said
         if (tmp_path / "run" / "resume.pt").exists():
-            steps.append(train.load_resume(tmp_path / "run" / "resume.pt")["step"])
+            steps.append(train.load_resume(tmp_path / "run" / "resume.pt")["progress"]["step"])
             assert steps[-1] >= seen
             if (tmp_path / "run" / "model.safetensors").exists():  # not before the end of the first validation
                 common.read_checkpoint(str(tmp_path / "run"))  # whole
     command("train.py", *flags, "--out", tmp_path / "run", "--resume", check=0)
-    assert train.load_resume(tmp_path / "run" / "resume.pt")["step"] == last
+    assert train.load_resume(tmp_path / "run" / "resume.pt")["progress"]["step"] == last
     assert not list((tmp_path / "run").glob(".*.*.*"))  # what the killed ones left is gone
     if moments > 3:
         print("killed at steps", steps)
@@ -196,7 +197,7 @@ def test_a_run_is_saved_between_validations(tmp_path, monkeypatch):
     write = common.writing
     monkeypatch.setattr(common, "writing", lambda path: saved.append(path.name) or write(path))
     train.main([*SMALL, "--val-every", "6", "--out", str(tmp_path / "run")])
-    assert saved.count("resume.pt") == 7 and saved.count("model.safetensors") == 1
+    assert saved.count("resume.pt") == 6 and saved.count("model.safetensors") == 1
     train.main([*SMALL, "--val-every", "6", "--out", str(tmp_path / "again")])
     assert same_runs(tmp_path / "run", tmp_path / "again")
 
@@ -229,7 +230,7 @@ def test_a_place_that_cannot_be_written(tmp_path, place):
 
 
 def test_a_run_folder_in_use(tmp_path):
-    code = f"import pathlib, sys, train; f = train.lock(pathlib.Path({str(tmp_path / 'run')!r})); print(1, flush=True); input()"
+    code = f"import pathlib, sys, train; f = train.lock(pathlib.Path({str(tmp_path / 'run')!r}), False); print(1, flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
     with pytest.raises(UserError, match="in use by another process"):
@@ -261,10 +262,9 @@ def test_a_damaged_log_is_cut_where_it_is_damaged(tmp_path, line):
     file = tmp_path / "log.jsonl"
     lines = b'{"step": 1, "loss": 2}\n{"step": 2, "loss": 2}\n{"step": 2, "val": {}}\n'
     file.write_bytes(lines + line + b'{"step": 2}\n')
-    train.keep_log(file, 2, validated=True)
-    assert file.read_bytes() == lines
-    train.keep_log(file, 2, validated=False)  # this validation will come again
-    assert file.read_bytes() == lines[:46]
+    assert train.read_log(file, 2) == [json.loads(text) for text in lines.splitlines()]
+    assert train.read_log(file, 1) == [dict(step=1, loss=2)]  # what comes after the saved step will come again
+    assert train.read_log(tmp_path / "none", 2) == []
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "resume.pt"])
@@ -277,7 +277,7 @@ def test_a_damaged_checkpoint_is_known(tmp_path, name):
     def content():
         if name == "resume.pt":
             saved = train.load_resume(file)
-            return saved["model"], {k: saved[k] for k in ("step", "best", "seconds", "identity", "validate")}
+            return saved["model"], {k: saved[k] for k in ("progress", "identity")}
         info, state = common.read_checkpoint(str(file))
         return state, info
 
@@ -387,7 +387,7 @@ def test_a_gradient_that_is_no_number_stops_before_it_is_saved(tmp_path, monkeyp
     assert not (tmp_path / "run" / "resume.pt").exists()
 
 
-def test_a_worker_that_dies_names_the_batch(tmp_path, monkeypatch):
+def test_a_worker_that_dies_is_a_sentence(tmp_path, monkeypatch):
     read = data.TrainSet.__getitem__
 
     def dies(self, index):
@@ -399,7 +399,7 @@ def test_a_worker_that_dies_names_the_batch(tmp_path, monkeypatch):
     batches = list(train.micro_batches(80, c, 0, range(6), common.Process(0, 1, torch.device("cpu")), 1))
     wanted = batches[4][2][1]
     monkeypatch.setattr(data.TrainSet, "__getitem__", dies)
-    with pytest.raises(UserError, match="DataLoader worker .* reading this batch.*: shapes/train picture.*--workers 0"):
+    with pytest.raises(UserError, match="DataLoader worker .* is killed .*--workers 0 reads in the process"):
         train.main([*SMALL, "--workers", "1", "--out", str(tmp_path / "run")])
     assert (tmp_path / "run" / "config.json").exists()
 
