@@ -295,24 +295,44 @@ class Process:
 
 
 def start(tiny: bool = False, device: str = "auto") -> Process:
-    """Joins torchrun's group (NCCL on CUDA, gloo on CPU) or stands alone. Raises UserError where CUDA is missing."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Joins torchrun's group (NCCL on CUDA, gloo on CPU) or stands alone. Raises UserError where the device is missing,
+    or where the environment has only some of what torchrun sets."""
+    rank, world, local = (environment(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
+    if world > 1 and missing:
+        raise UserError(f"WORLD_SIZE={world} is set in the environment, but {missing[0]} is not: unset WORLD_SIZE to run "
+                        "alone, or start with torchrun, which sets both.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no CUDA device here; --device cpu runs without.")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: torch finds no Apple GPU here; --device cpu runs without.")
+    if device == "mps" and world > 1:
+        raise UserError("--device mps: there is one such device, for one process; start without torchrun.")
     if device == "cuda":
         if local >= torch.cuda.device_count():
             raise UserError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs, one for each process.")
         torch.cuda.set_device(local)
         device = f"cuda:{local}"
-    elif tiny and "OMP_NUM_THREADS" not in os.environ:
+    elif device == "cpu" and tiny and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # a tiny model gains nothing from a second thread, and loses much on a busy machine
     # one attention for training and evaluation; the fast path rounds otherwise and hides from FLOP counters
     torch.backends.mha.set_fastpath_enabled(False)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        except (RuntimeError, ValueError) as e:
+            raise UserError(f"the {world} processes cannot be joined at MASTER_ADDR={os.environ['MASTER_ADDR']}, "
+                            f"MASTER_PORT={os.environ['MASTER_PORT']}: {first_line(e)}.") from None
     return Process(rank, world, torch.device(device))
+
+
+def environment(name: str, default: int) -> int:
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        raise UserError(f"{name}={os.environ[name]} is set in the environment, and is no number: unset it.") from None
 
 
 def run_command(main) -> None:
@@ -443,7 +463,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        with open(temporary, "rb") as f:
+        with open(temporary, "rb+") as f:  # Windows syncs only what may be written
             os.fsync(f.fileno())  # its bytes before its name
         os.replace(temporary, path)
     except (OSError, ValueError, RuntimeError) as e:  # Pillow raises ValueError for what a format cannot hold
@@ -472,7 +492,7 @@ def check_place(path: str | Path) -> None:
 
 def write_json(path: str | Path, value) -> None:
     with writing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+        temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
 def write_result(file: str | None, value) -> None:

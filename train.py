@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import signal
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -38,7 +36,7 @@ import common
 import data
 from common import METHODS, Parser, Process, UserError, load_method, one_of
 from evaluate import MAIN_METRIC, draw_examples, evaluate_split
-from toolbox import baselines, draw
+from toolbox import baselines, draw, runs
 from toolbox.features import cache_features
 from toolbox.weights import leak
 
@@ -68,7 +66,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, common.TrainConfi
     p.add_argument("--cache-features", metavar="memory|FOLDER",
                    help="keep the frozen encoder's output for each image, where it does not read the sentence")
     p.add_argument("--log-every", type=int, default=50, help="steps (default: 50)")
-    p.add_argument("--device", default="auto", **one_of("auto", "cuda", "cpu"))
+    p.add_argument("--device", default="auto", **one_of("auto", "cuda", "mps", "cpu"),
+                   help="auto: cuda where there is one, else cpu")
     words = sys.argv[1:] if argv is None else argv
     if "--method" not in " ".join(words):
         p.parse_args(words)  # --help, or the error that there is no method
@@ -111,9 +110,8 @@ class Run:
     process: Process
     out: Path
     stop: common.StopSignal
-    train_source: data.Source
-    val_source: data.Source
     items: data.TrainSet
+    val_source: data.Source
     steps: int
     per_epoch: int                   # steps
     model: torch.nn.Module
@@ -122,8 +120,9 @@ class Run:
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
     info: dict                       # what its checkpoint says of it
+    metric: str                      # that the best step is chosen by
     progress: Progress
-    best: float = -1.0               # main metric on val
+    best: float = -1.0               # metric on val
     saved_at: float = 0.0            # time of the last saving
 
     def due(self, step: int) -> bool:
@@ -134,14 +133,16 @@ def main(argv: list[str] | None = None) -> int:
     args, c = parse(argv)
     process = common.start(tiny=args.backbone.startswith("tiny"), device=args.device)
     stop = common.StopSignal()
-    out = process.on_main(lambda: find_run(args))
-    with locked(out, args.resume, process), in_a_sentence(args, c, process):
+    out = process.on_main(lambda: runs.find(args))
+    with runs.locked(out, args.resume, process), runs.errors_in_a_sentence(args, c, process):
         run = prepare(args, c, process, out, stop)
+        if args.resume:
+            runs.resume(run)
         return train(run)
 
 
 def prepare(args: argparse.Namespace, c: common.TrainConfig, process: Process, out: Path, stop) -> Run:
-    """Data, model and optimizer, as the run begins or was saved."""
+    """Data, model and optimizer, as the run begins."""
     # data
     train_source = data.open_dataset(args.dataset, "train", args.data_root, args.seed)
     val_source = data.open_dataset(args.dataset, args.val_split, args.data_root, args.seed)
@@ -159,7 +160,7 @@ def prepare(args: argparse.Namespace, c: common.TrainConfig, process: Process, o
     model = common.build(method, c, args.weights, args.seed).to(device)
     info = describe(args, c, process, model, train_source)
     features = cache_features(args, model, train_source, info["frozen"], process, stop)
-    process.on_main(lambda: write_config(out, info))
+    process.on_main(lambda: runs.write_config(out, info))
     net = model
     if process.world_size > 1:
         if device.type == "cuda":
@@ -172,36 +173,40 @@ def prepare(args: argparse.Namespace, c: common.TrainConfig, process: Process, o
     optimizer = (torch.optim.AdamW if c.optimizer == "adamw" else torch.optim.Adam)(
         [g for g in groups if g["params"]], lr=c.lr, betas=(0.9, c.beta2), weight_decay=c.weight_decay, fused=True)
     amp = info["amp"]
-    run = Run(args, c, process, out, stop, train_source, val_source,
-              data.TrainSet(train_source, model.preprocess, args.seed, c.every_sentence, features),
+    run = Run(args, c, process, out, stop,
+              data.TrainSet(train_source, model.preprocess, args.seed, c.every_sentence, features), val_source,
               c.steps or c.epochs * per_epoch, per_epoch, model, net, optimizer,
               torch.amp.GradScaler(device.type, enabled=amp == "fp16"),
               torch.autocast(device.type, torch.bfloat16 if amp == "bf16" else torch.float16, enabled=amp != "off"),
-              info, Progress())
+              info, MAIN_METRIC[model.task], Progress())
     announce(run, sentences)
     torch.manual_seed(args.seed + process.rank)  # dropout
-    if args.resume:
-        resume(run)
     return run
 
 
 def describe(args: argparse.Namespace, c: common.TrainConfig, process: Process, model, train_source) -> dict:
     """What a checkpoint says of its run: all that is needed to build its model anew, and where it came from."""
-    amp = args.amp
-    if amp == "auto":
-        amp = "off" if process.device.type == "cpu" else "bf16" if torch.cuda.is_bf16_supported() else "fp16"
     origin = common.origin(args.weights)
     return dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, seed=args.seed,
                 frozen=common.fingerprint(model), dataset=args.dataset, data_root=args.data_root,
-                val_split=args.val_split, amp=amp, accumulate=args.accumulate, workers=args.workers,
+                val_split=args.val_split, amp=choose_amp(args.amp, process.device), accumulate=args.accumulate, workers=args.workers,
                 processes=process.world_size, device=str(process.device), cache_features=args.cache_features,
                 origin=origin, note=getattr(train_source, "note", ""), leak=leak(args.method, origin, args.dataset),
                 versions=common.versions())
 
 
+def choose_amp(amp: str, device: torch.device) -> str:
+    if amp != "auto":
+        return amp
+    if device.type != "cuda":
+        return "off"
+    # below compute capability 8.0 torch emulates bf16, slowly
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
 def announce(run: Run, sentences: int) -> None:
     args, process, info = run.args, run.process, run.info
-    process.print(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: {len(run.train_source)} objects, "
+    process.print(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: {len(run.items.source)} objects, "
                   f"{sentences} sentences, {run.steps} steps of {run.c.batch_size}, seed {args.seed}, "
                   f"{process.world_size} x {process.device}, amp {info['amp']}, to {run.out}")
     for note in args.note, info["note"], info["leak"]:
@@ -221,7 +226,7 @@ def train(run: Run) -> int:
     bar = tqdm(total=run.steps, initial=progress.step, disable=not process.is_main or not sys.stderr.isatty())
     begin = run.saved_at = since = time.perf_counter()
     begin, done = begin - progress.seconds, progress.step
-    if run.due(progress.step) and not validated(run) and not validate(run):
+    if run.due(progress.step) and not validated(run) and not validate(run):  # it was cut off
         return leave(run)
     run.net.train()
     for step in range(progress.step + 1, run.steps + 1):
@@ -246,14 +251,14 @@ def train(run: Run) -> int:
             since, done = now, step
         due = run.due(step)
         if due or late or stopped:
-            save_resume(run)
+            runs.save_resume(run)
         if stopped or due and not validate(run):
             return leave(run)
         if due or late:
             since, done = time.perf_counter(), step
     bar.close()
     minutes = (time.perf_counter() - begin) / 60
-    process.print(f"best {args.val_split} {MAIN_METRIC[run.model.task]} {run.best} in {minutes:.1f} min. Next:\n"
+    process.print(f"best {args.val_split} {run.metric} {run.best} in {minutes:.1f} min. Next:\n"
                   f"  python evaluate.py --ckpt {run.out} --split all")
     return 0
 
@@ -313,7 +318,7 @@ def sum_over_processes(process: Process, *values) -> list[float]:
 
 def validate(run: Run) -> bool:
     """Measures the model on val, keeps it where it is the best so far; False where a signal came before the end."""
-    process, metric = run.process, MAIN_METRIC[run.model.task]
+    process = run.process
     if process.world_size > 1:  # without SyncBatchNorm (gloo) each process has statistics of its own
         for buffer in run.model.buffers():
             dist.broadcast(buffer, 0)
@@ -325,11 +330,11 @@ def validate(run: Run) -> bool:
     if not val:
         return False
     process.print(f"step {run.progress.step}  {run.args.val_split}  " + "  ".join(f"{k} {v}" for k, v in val.items()))
-    if val[metric] > run.best:
-        run.best = val[metric]
-        process.on_main(lambda: save_best(run, val))
+    if val[run.metric] > run.best:
+        run.best = val[run.metric]
+        process.on_main(lambda: runs.save_best(run, val))
     # last, as --resume takes a validation that is in the log for done
-    write_log(run, epoch=round(run.progress.step / run.per_epoch, 3), val=val)
+    runs.write_log(run, epoch=round(run.progress.step / run.per_epoch, 3), val=val)
     process.on_main(lambda: draw_pictures(run, most))
     return True
 
@@ -341,7 +346,7 @@ def draw_pictures(run: Run, most: int) -> None:
     try:
         with run.autocast:
             draw_examples(run.out / "samples.png", run.model, run.val_source, 12, most=most)
-        draw.draw_curves(run.out / "log.jsonl", MAIN_METRIC[run.model.task], run.out / "curves.png")
+        draw.draw_curves(run.out / "log.jsonl", run.metric, run.out / "curves.png")
     except (UserError, OSError, ImportError) as e:  # no reason to stop a run
         run.process.print(f"no pictures of this validation: {e}")
     run.model.train(was_training)
@@ -350,9 +355,28 @@ def draw_pictures(run: Run, most: int) -> None:
 def leave(run: Run) -> int:
     """After a signal, with resume.pt saved. -> exit status"""
     if run.best < 0:
-        run.process.on_main(lambda: save_best(run, {}))
+        run.process.on_main(lambda: runs.save_best(run, {}))
     run.process.print(f"stopped at step {run.progress.step} and saved; the same command with --resume continues.")
     return 128 + (run.stop.number or signal.SIGTERM)
+
+
+def validated(run: Run) -> bool:
+    step = run.progress.step
+    return any("val" in e and e["step"] == step for e in runs.read_log(run.out / "log.jsonl", step))
+
+
+def log_step(run: Run, rate: float, images_per_s: float, bar: tqdm) -> None:
+    p = run.progress
+    loss, peak = round(sum(p.losses) / len(p.losses), 6), round(runs.peak_memory(run.process.device), 2)
+    p.losses = []
+    runs.write_log(run, loss=loss, lr=rate, images_per_s=round(images_per_s, 1), peak_gib=peak,
+                   seconds=round(p.seconds, 1))
+    minutes = (run.steps - p.step) * run.c.batch_size / images_per_s / 60
+    if bar.disable:
+        run.process.print(f"step {p.step}/{run.steps}  loss {loss:.4f}  lr {rate:.2e}  {images_per_s:.0f} images/s  "
+                          f"ETA {minutes:.1f} min  peak {peak:.2f} GiB")
+    else:
+        bar.set_postfix_str(f"loss {loss:.4f} peak {peak:.2f} GiB")
 
 
 # Batches
@@ -365,7 +389,7 @@ def load_batches(run: Run) -> Iterator[dict]:
         run.items, num_workers=0 if features else run.args.workers, collate_fn=data.collate,
         batch_sampler=micro_batches(len(run.items), run.c, run.args.seed, range(run.progress.step, run.steps),
                                     run.process, run.args.accumulate),
-        worker_init_fn=ignore_signals, pin_memory=cuda,
+        worker_init_fn=runs.ignore_signals, pin_memory=cuda,
         generator=torch.Generator()))  # so that it draws nothing from the one that dropout draws from
 
 
@@ -386,244 +410,6 @@ def micro_batches(n: int, c: common.TrainConfig, seed: int, steps: range, proces
         for part in range(accumulate):
             begin = first + (part * process.world_size + process.rank) * size
             yield [(epoch, int(i)) for i in order[begin:begin + size]]
-
-
-def ignore_signals(_: int) -> None:
-    for s in signal.SIGINT, signal.SIGTERM:  # they reach the workers too, but the process that trains decides
-        signal.signal(s, signal.SIG_IGN)
-
-
-# The run folder
-
-
-def find_run(args: argparse.Namespace) -> Path:
-    """The run folder to make or to resume: without --out the next one of its kind, or the last."""
-    out, n = Path(args.out or f"runs/{args.method}-{args.dataset}"), 2
-    while args.out is None and (out / "config.json").exists():
-        following = Path(f"runs/{args.method}-{args.dataset}-{n}")
-        if args.resume and not (following / "config.json").exists():
-            break  # the last one
-        out, n = following, n + 1
-    return out
-
-
-@contextmanager
-def locked(out: Path, resume: bool, process: Process) -> Iterator[None]:
-    """Keeps the run folder for this command alone. A command that is refused leaves no folder behind."""
-    files = []
-    try:
-        process.on_main(lambda: files.append(lock(out, resume)))
-        yield
-    finally:
-        for file in files:
-            with suppress(OSError):
-                if os.listdir(out) == [".lock"]:
-                    os.remove(out / ".lock")
-                    out.rmdir()
-            file.close()
-
-
-def lock(out: Path, resume: bool):
-    """-> a file that must stay open. Raises UserError where another command has the folder, or, without `resume`, where
-    it holds a run. Temporary files of a command that was killed are removed."""
-    import fcntl
-
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = open(out / ".lock", "a")
-    except OSError as e:
-        raise UserError(f"--out {str(out)[:200]} cannot be written: {e.strerror}.") from None
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not kept by data workers that outlive us
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"{out} is in use by another process that trains; wait for it, or give another --out."
-                        ) from None
-    except OSError:  # a file system without locks
-        print(f"{out} cannot be locked, so nothing keeps a second command out of it", file=sys.stderr)
-    if (out / "config.json").exists() and not resume:
-        raise UserError(f"{out} holds a run already: --resume continues it, another --out keeps both.")
-    for name in ("config.json", "log.jsonl", "model.safetensors", "resume.pt", "metrics.json", "curves.png",
-                 "samples.png"):
-        for leftover in out.glob(f".{name}.*"):
-            leftover.unlink(missing_ok=True)
-    return file
-
-
-def write_config(out: Path, info: dict) -> None:
-    """Writes what the run is. Raises UserError where the run to resume was started with something else."""
-    path, names = out / "config.json", ("dataset", "weights", "seed", "val_split")
-    if not path.exists():
-        common.write_json(path, info)
-        return
-    try:
-        before = json.loads(path.read_text())
-        was = before["config"] | {k: before[k] for k in names}
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"--resume: {path} cannot be read ({e!r}).") from None
-    now = json.loads(json.dumps(info["config"] | {k: info[k] for k in names}))
-    changed = [k for k in now if k in was and now[k] != was[k]]
-    if changed:
-        raise UserError(f"--resume: {out} was started with {changed[0]} = {was[changed[0]]}, not {now[changed[0]]}; "
-                        "give the same flags, or start another run with another --out.")
-
-
-def write_log(run: Run, **entry) -> None:
-    if run.process.is_main:
-        try:
-            with open(run.out / "log.jsonl", "a") as f:
-                f.write(json.dumps(dict(step=run.progress.step) | entry) + "\n")
-        except OSError as e:
-            raise UserError(f"{run.out / 'log.jsonl'} cannot be written: {e.strerror}.") from None
-
-
-def log_step(run: Run, rate: float, images_per_s: float, bar: tqdm) -> None:
-    p = run.progress
-    loss, peak = round(sum(p.losses) / len(p.losses), 6), round(peak_memory(run.process.device), 2)
-    p.losses = []
-    write_log(run, loss=loss, lr=rate, images_per_s=round(images_per_s, 1), peak_gib=peak, seconds=round(p.seconds, 1))
-    minutes = (run.steps - p.step) * run.c.batch_size / images_per_s / 60
-    if bar.disable:
-        run.process.print(f"step {p.step}/{run.steps}  loss {loss:.4f}  lr {rate:.2e}  {images_per_s:.0f} images/s  "
-                          f"ETA {minutes:.1f} min  peak {peak:.2f} GiB")
-    else:
-        bar.set_postfix_str(f"loss {loss:.4f} peak {peak:.2f} GiB")
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB: of the GPU, or resident of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def read_log(path: Path, last: int) -> list[dict]:
-    """The entries up to a step. The last line of the file may be half a line, or the file not there yet."""
-    entries = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-            if entry["step"] <= last:
-                entries.append(entry)
-        except (ValueError, KeyError, TypeError):
-            break
-    return entries
-
-
-def validated(run: Run) -> bool:
-    return any("val" in e and e["step"] == run.progress.step for e in read_log(run.out / "log.jsonl", run.progress.step))
-
-
-def save_best(run: Run, val: dict) -> None:
-    step = run.progress.step
-    common.save_model(run.out / "model.safetensors", run.model, run.info | dict(step=step, val=val))
-    if val:
-        about = dict(step=step, dataset=run.args.dataset, split=run.args.val_split)
-        about |= dict(leak=run.info["leak"]) if run.info["leak"] else {}
-        common.write_json(run.out / "metrics.json", about | val)
-
-
-# Saving and resuming
-
-RESUMED = {"model", "optimizer", "scaler", "rng", "progress", "identity"}
-
-
-def identity(run: Run) -> str:
-    """What must be the same for a run to be continued."""
-    return json.dumps([run.info[k] for k in ("config", "dataset", "weights", "seed", "frozen")])
-
-
-def save_resume(run: Run) -> None:
-    """Before a validation, which --resume then repeats unless it is in the log."""
-    device = run.process.device
-    rng = run.process.gather([torch.get_rng_state()] + (
-        [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []))
-
-    def write() -> None:
-        with common.writing(run.out / "resume.pt") as temporary, open(temporary, "wb") as f:
-            torch.save(dict(model=common.trained_state(run.model), optimizer=run.optimizer.state_dict(),
-                            scaler=run.scaler.state_dict(), rng=rng, progress=dataclasses.asdict(run.progress),
-                            identity=identity(run)), f)
-
-    run.process.on_main(write)
-    run.saved_at = time.perf_counter()
-
-
-def resume(run: Run) -> None:
-    """Puts the run back to where it was saved."""
-    path, log, process = run.out / "resume.pt", run.out / "log.jsonl", run.process
-    if process.on_main(lambda: nothing_saved(run.out)):
-        process.print(f"--resume: nothing is saved in {run.out} yet, so the run begins at its first step")
-    else:
-        saved = load_resume(path, identity(run))
-        common.load_trained(run.model, saved["model"], str(path))
-        try:
-            run.optimizer.load_state_dict(saved["optimizer"])
-            run.scaler.load_state_dict(saved["scaler"])
-            run.progress = Progress(**saved["progress"])
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-            raise UserError(f"{path} does not fit this run: {common.first_line(e)}.") from None
-        if process.rank < len(saved["rng"]):
-            torch.set_rng_state(saved["rng"][process.rank][0])
-            if process.device.type == "cuda":
-                torch.cuda.set_rng_state(saved["rng"][process.rank][1], process.device)
-        process.print(f"resumed at step {run.progress.step}")
-    entries = process.on_main(lambda: read_log(log, run.progress.step))
-    run.best = max((e["val"][MAIN_METRIC[run.model.task]] for e in entries if "val" in e), default=-1.0)
-
-    def keep_entries() -> None:  # those after the saved step will come again
-        with common.writing(log) as temporary:
-            temporary.write_text("".join(json.dumps(e) + "\n" for e in entries))
-
-    process.on_main(keep_entries)
-
-
-def nothing_saved(out: Path) -> bool:
-    """Whether a run was stopped before it saved anything. Raises UserError where its resume.pt is lost."""
-    if not (out / "resume.pt").exists() and (out / "model.safetensors").exists():
-        raise UserError(f"--resume: {out} holds a model but no resume.pt to continue from; another run may take its "
-                        f"towers by --weights {out}.")
-    return not (out / "resume.pt").exists()
-
-
-def load_resume(path: Path, identity: str | None = None) -> dict:
-    """What a run saved. Raises UserError for a file that is missing, damaged or of a run with another `identity`."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-        if damaged:
-            raise ValueError(f"{damaged} in it is damaged")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved.keys() != RESUMED:
-            raise ValueError("it holds something else than a run, or one of an older version")
-    except Exception as e:  # a broken file fails in many ways
-        raise UserError(f"{path} cannot be read ({common.first_line(e)}); the run cannot be resumed, its "
-                        "model.safetensors is untouched.") from None
-    if identity is not None and saved["identity"] != identity:
-        raise UserError(f"--resume: {path} is of a run with other settings or towers than {path.parent} was "
-                        "started with.")
-    return saved
-
-
-@contextmanager
-def in_a_sentence(args: argparse.Namespace, c: common.TrainConfig, process: Process) -> Iterator[None]:
-    """Raises UserError for what stops a run: too little memory for a batch, or the death of a process that reads."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as e:
-        why = common.first_line(e)
-        if why.startswith("DataLoader worker"):
-            raise UserError(f"{why} --workers 0 reads in the process that trains, and shows what is wrong.") from None
-        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(
-                text in str(e) for text in ("can't allocate memory", "out of memory", "ALLOC_FAILED")):
-            n, parts = c.batch_size // args.accumulate // process.world_size, args.accumulate + 1
-            while parts < c.batch_size and c.batch_size % (parts * process.world_size):
-                parts += 1
-            less = (f"--accumulate {parts} computes the same batch in smaller parts" if n > 1 else
-                    "a smaller --image-size or backbone may do")
-            raise UserError(f"memory is not enough for {n} pictures at a time in each process: {less} ({why}).") from None
-        raise
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import data
 import evaluate
 import train
 from common import UserError
+from toolbox import runs
 from toolbox.weights import read_weights
 from tests.test_commands import SMALL, few_pictures  # noqa: F401
 from tests.test_data import make_refer
@@ -193,7 +194,7 @@ def test_damaged_checkpoints_and_weights(tmp_path):
             if file.name == "model.safetensors":
                 ask()
             elif file.name == "resume.pt":
-                train.load_resume(file)
+                runs.load_resume(file)
             else:
                 read_weights(str(file))
         assert not canary.exists()

@@ -24,7 +24,7 @@ import data
 import evaluate
 import train
 from common import UserError
-from toolbox import released
+from toolbox import released, runs
 from tests.test_commands import ROOT, SMALL, command, few_pictures, log_of  # noqa: F401
 from tests.test_data import make_refer
 
@@ -177,12 +177,12 @@ def test_a_run_that_is_killed_goes_on(tmp_path):
         _, said = process.communicate()
         assert "Traceback" not in said and "error:" not in said, said
         if (tmp_path / "run" / "resume.pt").exists():
-            steps.append(train.load_resume(tmp_path / "run" / "resume.pt")["progress"]["step"])
+            steps.append(runs.load_resume(tmp_path / "run" / "resume.pt")["progress"]["step"])
             assert steps[-1] >= seen
             if (tmp_path / "run" / "model.safetensors").exists():  # not before the end of the first validation
                 common.read_checkpoint(str(tmp_path / "run"))  # whole
     command("train.py", *flags, "--out", tmp_path / "run", "--resume", check=0)
-    assert train.load_resume(tmp_path / "run" / "resume.pt")["progress"]["step"] == last
+    assert runs.load_resume(tmp_path / "run" / "resume.pt")["progress"]["step"] == last
     assert not list((tmp_path / "run").glob(".*.*.*"))  # what the killed ones left is gone
     if moments > 3:
         print("killed at steps", steps)
@@ -230,7 +230,7 @@ def test_a_place_that_cannot_be_written(tmp_path, place):
 
 
 def test_a_run_folder_in_use(tmp_path):
-    code = f"import pathlib, sys, train; f = train.lock(pathlib.Path({str(tmp_path / 'run')!r}), False); print(1, flush=True); input()"
+    code = f"import pathlib; from toolbox import runs; f = runs.lock(pathlib.Path({str(tmp_path / 'run')!r}), False); print(1, flush=True); input()"
     other = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     other.stdout.readline()
     with pytest.raises(UserError, match="in use by another process"):
@@ -262,9 +262,9 @@ def test_a_damaged_log_is_cut_where_it_is_damaged(tmp_path, line):
     file = tmp_path / "log.jsonl"
     lines = b'{"step": 1, "loss": 2}\n{"step": 2, "loss": 2}\n{"step": 2, "val": {}}\n'
     file.write_bytes(lines + line + b'{"step": 2}\n')
-    assert train.read_log(file, 2) == [json.loads(text) for text in lines.splitlines()]
-    assert train.read_log(file, 1) == [dict(step=1, loss=2)]  # what comes after the saved step will come again
-    assert train.read_log(tmp_path / "none", 2) == []
+    assert runs.read_log(file, 2) == [json.loads(text) for text in lines.splitlines()]
+    assert runs.read_log(file, 1) == [dict(step=1, loss=2)]  # what comes after the saved step will come again
+    assert runs.read_log(tmp_path / "none", 2) == []
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "resume.pt"])
@@ -276,7 +276,7 @@ def test_a_damaged_checkpoint_is_known(tmp_path, name):
 
     def content():
         if name == "resume.pt":
-            saved = train.load_resume(file)
+            saved = runs.load_resume(file)
             return saved["model"], {k: saved[k] for k in ("progress", "identity")}
         info, state = common.read_checkpoint(str(file))
         return state, info
