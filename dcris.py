@@ -53,7 +53,7 @@ column says "not here".
     Sec. 3.4, decoder     | sizes: silent               | 512, FFN 512, 8 heads, dropout 0.1    | same
     Sec. 3.4, padding     | silent                      | what follows the end token            | id 0, a "!" (not here)
     Eq. 5, F_c            | 4x upsampling, Conv         | twice 2x and a 3x3; at last a 1x1     | same
-    Eq. 6, target         | silent                      | nearest pixel                         | same
+    Eq. 6, target         | silent                      | area: the mean of its cell, see below | nearest pixel
     Sec. 4.2, images      | resized to 448 x 448        | letterbox, antialiased                | cv2 (in evaluation)
     Sec. 4.2, masks       | silent                      | 0 or 1                                | linear cut (not here)
     Sec. 4.2, mean, std   | silent                      | ImageNet's, as in DINOv2              | CLIP's
@@ -67,6 +67,9 @@ column says "not here".
     Sec. 4.2, metric      | IoU                         | oIoU and mIoU                         | same
     BACKBONES             | pretrained                  | tiny: this project's                  | not there
 
+Target: a logit covers 3.5 x 3.5 pixels of the canvas. `nearest` takes its first pixel, but the way back to the photograph
+reads the logit at its centre. An output equal to its target then reaches 93 mIoU, with `area` 99 (objects of 1 to 8 %
+of a photograph).
 `tiny` is small random towers. It trains with AdamW, warm-up, cosine and Dice, and its decoder adds positions to the map
 itself (decoder_position): without that it learned colours, not places.
 """
@@ -138,11 +141,12 @@ class Config(TrainConfig):
     threshold: float = 0.35                 # a pixel belongs to the object above this probability
     # training (Sec. 4.2)
     milestones: tuple[int, ...] = (35,)     # Sec. 4.2
+    target: Literal["area", "nearest"] = "area"  # of a logit: the mean of the mask in its cell, or one pixel
     dice: float = 0.0                       # weight of a Dice loss, added to Eq. 6; not in the paper
 
 
 LARGE = dict(visual_layers=(2, 6, 10, 14, 18, 22), map_layers=(8, 16), batch_size=64, lr=2e-4)  # Sec. 4.2: DCRIS-L
-DETRIS = dict(batch_size=32, lr=1e-4)  # and DenseAligner, DETRISTextAdapter, detris_embeddings, Neck over the sentence
+DETRIS = dict(batch_size=32, lr=1e-4, target="nearest")  # and DenseAligner, DETRISTextAdapter, detris_embeddings, Neck over the sentence
 DETRIS_BASE = dict(epochs=65, milestones=(35, 55))  # but for G-Ref (google)
 TINY = dict(
     image_size=64, visual_layers=(1, 3), text_layers=(1, 3), visual_dim=32, text_dim=32, cross_dim=32, cross_heads=2,
@@ -542,7 +546,7 @@ class DCRIS(nn.Module):
 
     def loss(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Mean over pixels at the size of the logits; masks: (B, H, W) in 0..1 on the canvas."""
-        target = F.interpolate(masks[:, None], logits.shape[-2:])  # (B, 1, 4H/p, 4W/p), the nearest pixel
+        target = F.interpolate(masks[:, None], logits.shape[-2:], mode=self.c.target)  # (B, 1, 4H/p, 4W/p)
         logits = logits.float()
         loss = F.binary_cross_entropy_with_logits(logits, target)  # Eq. 6
         if self.c.dice:

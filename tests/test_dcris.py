@@ -1,5 +1,6 @@
 """python -m pytest tests/test_dcris.py"""
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -7,8 +8,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+import data
 import dcris
-from common import UserError, count, fingerprint, trained_state
+from common import Preprocess, UserError, count, fingerprint, trained_state
 from tests.test_common import save_as_openai, two_steps
 
 SENTENCES = ["the small red circle on the left", "square"]
@@ -187,14 +189,41 @@ def test_densely_connected_branches_see_what_eq_1_says():
     assert reach.nonzero().max(0).values.tolist() == [7, 7]
 
 
-def test_loss_is_eq_6():
-    model = tiny(dice=0.0)
+def target_of(model, masks, size):
+    """What the loss makes of masks (B, S, S): of Eq. 6 the gradient at logit 0 is (1/2 - target) / pixels."""
+    logits = torch.zeros(len(masks), 1, size, size, requires_grad=True)
+    model.loss(logits, masks).backward()
+    return 0.5 - logits.grad[:, 0] * logits.numel()
+
+
+@pytest.mark.parametrize("target", ["area", "nearest"])
+def test_loss_is_eq_6(target):
+    model = tiny(dice=0.0, target=target)
     logits, masks = torch.randn(2, 1, 4, 4), torch.zeros(2, 8, 8)
-    masks[:, :4, :4] = 1
-    p = logits.sigmoid()[:, 0]
-    target = masks[:, ::2, ::2]
-    by_hand = -(target * p.log() + (1 - target) * (1 - p).log()).sum() / 32
+    masks[:, :4, :3] = 1
+    p, cells = logits.sigmoid()[:, 0], masks.unflatten(1, (4, 2)).unflatten(3, (4, 2))
+    t = cells.mean((2, 4)) if target == "area" else masks[:, ::2, ::2]
+    by_hand = -(t * p.log() + (1 - t) * (1 - p).log()).sum() / 32
     assert torch.allclose(model.loss(logits, masks), by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize("canvas, size, photo, least", [
+    (448, 128, (480, 640), 98), (448, 128, (640, 427), 98), (64, 32, (64, 64), 97)])
+def test_target_lies_where_the_answer_is_read(canvas, size, photo, least):
+    """A prediction equal to its target comes back to the photograph where the object is."""
+    pre, rng = Preprocess(canvas), np.random.default_rng(0)
+    y, x = np.mgrid[:photo[0], :photo[1]]
+    masks = []
+    for share in rng.uniform(0.01, 0.08, 12) if canvas > 64 else rng.uniform(0.03, 0.1, 12):
+        radius, flat = np.sqrt(share * x.size / np.pi), rng.uniform(0.7, 1.4)
+        cy, cx = rng.uniform(0.3, 0.7, 2) * photo
+        masks.append(((y - cy) / (radius * flat)) ** 2 + ((x - cx) / (radius / flat)) ** 2 < 1)
+    model = tiny(dice=0.0)
+    back = [data.from_canvas(t, photo, pre).numpy() > 0.5
+            for t in target_of(model, torch.stack([data.mask_to_canvas(m, pre) for m in masks]), size)]
+    shift = np.mean([np.mean(np.nonzero(b), 1) - np.mean(np.nonzero(m), 1) for b, m in zip(back, masks)], 0)
+    assert np.abs(shift).max() < 0.2
+    assert 100 * np.mean([(b & m).sum() / (b | m).sum() for b, m in zip(back, masks)]) > least
 
 
 def test_settings_of_variants_and_backbones():
@@ -205,8 +234,9 @@ def test_settings_of_variants_and_backbones():
     big, large = dcris.config("dinov2-large"), dcris.config("dinov2-large", "detris")
     assert (big.lr, big.batch_size, big.map_layers, big.visual_layers) == (2e-4, 64, (8, 16), (2, 6, 10, 14, 18, 22))
     assert (large.lr, large.batch_size, large.epochs, large.map_layers) == (1e-4, 32, 50, (8, 16))
-    assert dcris.config(dataset="refcocog_umd").words == 22
+    assert (c.target, d.target, tiny().c.target, tiny(variant="detris").c.target) == ("area", "nearest") * 2
     assert tiny().preprocess.mean == dcris.IMAGENET[0] and tiny(variant="detris").preprocess.mean == dcris.CLIP[0]
+    assert dcris.config(dataset="refcocog_umd").words == 22
 
 
 def test_detris_differs_from_dcris_where_it_says():
