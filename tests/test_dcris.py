@@ -236,7 +236,13 @@ def test_settings_of_variants_and_backbones():
     assert (large.lr, large.batch_size, large.epochs, large.map_layers) == (1e-4, 32, 50, (8, 16))
     assert (c.target, d.target, tiny().c.target, tiny(variant="detris").c.target) == ("area", "nearest") * 2
     assert tiny().preprocess.mean == dcris.IMAGENET[0] and tiny(variant="detris").preprocess.mean == dcris.CLIP[0]
-    assert dcris.config(dataset="refcocog_umd").words == 22
+
+
+@pytest.mark.parametrize("dataset, words", [("refcoco", (17, 17)), ("refcocog_google", (17, 17)),
+                                            ("refcocog_umd", (22, 22)), ("mixed", (22, 17))])
+def test_words_of_the_data_sets(dataset, words):
+    """DETRIS's mixed configuration has 17. Its adapters read padding, so that its length matters."""
+    assert tuple(dcris.config(variant=v, dataset=dataset).words for v in dcris.VARIANTS) == words
 
 
 def test_detris_differs_from_dcris_where_it_says():
