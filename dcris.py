@@ -54,8 +54,8 @@ column says "not here".
     Sec. 3.4, padding     | silent                      | what follows the end token            | id 0, a "!" (not here)
     Eq. 5, F_c            | 4x upsampling, Conv         | twice 2x and a 3x3; at last a 1x1     | same
     Eq. 6, target         | silent                      | area: the mean of its cell, see below | nearest pixel
-    Sec. 4.2, images      | resized to 448 x 448        | letterbox, antialiased                | cv2 (in evaluation)
-    Sec. 4.2, masks       | silent                      | 0 or 1                                | linear cut (not here)
+    Sec. 4.2, images      | resized to 448 x 448        | letterbox, antialiased                | cv2's warp
+    Sec. 4.2, masks       | silent                      | 0 or 1                                | cv2's warp: 0 to 1
     Sec. 4.2, mean, std   | silent                      | ImageNet's, as in DINOv2              | CLIP's
     Sec. 4.2, words       | silent                      | 17; G-Ref (umd), mixed: 22            | mixed: 17
     Sec. 4.1, epoch       | 120,624 samples             | a sentence of each object: 42,404     | same
@@ -467,8 +467,8 @@ class DCRIS(nn.Module):
         self.c, self.detris = c, c.variant == "detris"
         self.vision, self.text = build_towers(c.backbone, weights)
         width, (text_width, sentence_width) = self.vision.config.hidden_size, self.text.text_projection.shape
-        mean_std = CLIP if self.detris else IMAGENET
-        self.preprocess = Preprocess(c.image_size, "letterbox", "bicubic", *mean_std)
+        fit, mean_std = ("warp", CLIP) if self.detris else ("letterbox", IMAGENET)
+        self.preprocess = Preprocess(c.image_size, fit, "bicubic", *mean_std)
         # Random values are drawn in the order towers, decoder, adapters: each --tune starts from the same decoder.
         self.neck = Neck(c, width, sentence_width if self.detris else text_width)
         self.decoder = Decoder(c)

@@ -235,7 +235,6 @@ def test_settings_of_variants_and_backbones():
     assert (big.lr, big.batch_size, big.map_layers, big.visual_layers) == (2e-4, 64, (8, 16), (2, 6, 10, 14, 18, 22))
     assert (large.lr, large.batch_size, large.epochs, large.map_layers) == (1e-4, 32, 50, (8, 16))
     assert (c.target, d.target, tiny().c.target, tiny(variant="detris").c.target) == ("area", "nearest") * 2
-    assert tiny().preprocess.mean == dcris.IMAGENET[0] and tiny(variant="detris").preprocess.mean == dcris.CLIP[0]
 
 
 @pytest.mark.parametrize("dataset, words", [("refcoco", (17, 17)), ("refcocog_google", (17, 17)),
@@ -243,6 +242,12 @@ def test_settings_of_variants_and_backbones():
 def test_words_of_the_data_sets(dataset, words):
     """DETRIS's mixed configuration has 17. Its adapters read padding, so that its length matters."""
     assert tuple(dcris.config(variant=v, dataset=dataset).words for v in dcris.VARIANTS) == words
+
+
+def test_pictures_come_to_the_canvas_as_each_variant_has_them():
+    ours, theirs = tiny().preprocess, tiny(variant="detris").preprocess
+    assert (ours.fit, ours.mean) == ("letterbox", dcris.IMAGENET[0])
+    assert (theirs.fit, theirs.mean) == ("warp", dcris.CLIP[0])  # in training too
 
 
 def test_detris_differs_from_dcris_where_it_says():
