@@ -32,7 +32,6 @@ column says "not here".
     ----------------------+-----------------------------+---------------------------------------+-----------------------
     abstract              | links a layer to all before | links branches of one adapter         | same
     Sec. 3.2, positions   | silent                      | resized as in DINOv2                  | detris_embeddings
-    positions, 518 px     | silent                      | DETRIS's are resized by 37.1 / 37     | not resized (not here)
     Sec. 3.3, text        | 3x3 reads the 1x1's output  | Eq. 1: also F_v, which fits 2.69M     | same
     Eq. 1, conv           | nothing else                | + bias, BatchNorm, ReLU: fits 2.69M   | same
     Eq. 1, widths         | silent                      | d/2, d/4, d/4; reduced to d/16        | same
@@ -217,12 +216,13 @@ def build_towers(backbone: str, weights: str) -> tuple[Dinov2WithRegistersModel,
 
 
 def detris_embeddings(e: nn.Module, images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """DINOv2's embeddings with positions resized as in DETRIS: by (g + 0.1) / 37, bicubic, without antialiasing.
+    """DINOv2's embeddings with positions resized as in DETRIS, unless they fit: by (g + 0.1) / 37, not antialiased.
     -> CLS, registers, patches (B, 5+N, D)"""
     b, pos = len(images), e.position_embeddings                  # (1, 1 + 37 * 37, D)
     side = int((pos.shape[1] - 1) ** 0.5)
     pos2d = pos[:, 1:].transpose(1, 2).unflatten(2, (side, side))  # (1, D, 37, 37)
-    pos2d = F.interpolate(pos2d, scale_factor=tuple((g + 0.1) / side for g in grid), mode="bicubic")
+    if grid != (side, side):
+        pos2d = F.interpolate(pos2d, scale_factor=tuple((g + 0.1) / side for g in grid), mode="bicubic")
     patches = e.patch_embeddings(images) + pos2d.flatten(2).transpose(1, 2)  # (B, N, D)
     cls = (e.cls_token + pos[:, :1]).expand(b, -1, -1)           # (B, 1, D)
     return torch.cat([cls, e.register_tokens.expand(b, -1, -1), patches], 1)

@@ -162,6 +162,8 @@ def test_other_sizes_and_shapes_of_picture():
     assert detris.shape == e(images).shape == (1, 5 + 192, 64)
     assert torch.allclose(detris[:, :5], e(images)[:, :5])  # they differ by the patches' positions alone
     assert not torch.allclose(detris[:, 5:], e(images)[:, 5:], atol=1e-3)
+    images = torch.randn(1, 3, 64, 64)  # the size that the positions were trained for: as they are, in both
+    assert torch.equal(dcris.detris_embeddings(e, images, (8, 8)), e(images))
 
 
 def test_tokens():
