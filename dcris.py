@@ -11,64 +11,58 @@ gives a vision block local detail, by densely connected 1x1, 3x3 and 5x5 convolu
 to the words. A decoder as in CRIS fuses maps of three levels, and convolves the result with a kernel made of the
 sentence.
 
-    Fig. 1               the whole model               DCRIS.forward
-    Fig. 2               IoU against parameters        toolbox/tables.py, Tables 2 and 4
-    Fig. 3 and 4         predicted masks               evaluate.py --image
-    Sec. 3.2             text encoder                  DCRIS.encode_text
-    Sec. 3.2             visual encoder                DCRIS.encode_image
-    Sec. 3.3, Eq. 1      densely connected module      line 1: DenseCrossAdapter.forward; lines 2-5: DenselyConnected
-    Sec. 3.3, Eq. 2      DenseCrossAdapter (DA)        DenseCrossAdapter; DETRIS: DenseAligner
-    Sec. 3.3, Eq. 3      text adapter (TA)             TextAdapter; DETRIS: DETRISTextAdapter
-    Sec. 3.4, Eq. 4      cross-modal neck              Neck; F_coord: CoordConv
-    Sec. 3.4             vision-language decoder       Decoder, DecoderLayer
-    Sec. 3.4, Eq. 5      up-sample projector           Projector
-    Sec. 3.5, Eq. 6      text-to-pixel loss            its product: Projector; the loss: DCRIS.loss
-    Tables 1 to 5        their rows                    toolbox/tables.py
+    Fig. 1            the whole model               DCRIS.forward
+    Fig. 3 and 4      predicted masks               evaluate.py --image; Fig. 4 (d), (e): runs of Table 3
+    Sec. 3.2          encoders                      DCRIS.encode_text, DCRIS.encode_image
+    Sec. 3.3, Eq. 1   densely connected module      line 1: DenseCrossAdapter.forward; lines 2-5: DenselyConnected
+    Sec. 3.3, Eq. 2   DenseCrossAdapter (DA)        DenseCrossAdapter; DETRIS: DenseAligner
+    Sec. 3.3, Eq. 3   text adapter (TA)             TextAdapter; DETRIS: DETRISTextAdapter
+    Sec. 3.4, Eq. 4   cross-modal neck              Neck; F_coord: CoordConv
+    Sec. 3.4          vision-language decoder       Decoder, DecoderLayer
+    Sec. 3.4, Eq. 5   up-sample projector           Projector
+    Sec. 3.5, Eq. 6   text-to-pixel loss            its product: Projector; the loss: DCRIS.loss
+    Tables, Fig. 2    rows of the tables            toolbox/tables.py
 
 Deviations. "silent": the paper does not say. "same": as here. DETRIS's code is `--variant detris`, except where its
 column says "not here".
 
-    where                 | the paper                   | here                                  | DETRIS's code
-    ----------------------+-----------------------------+---------------------------------------+-----------------------
-    abstract              | links a layer to all before | links branches of one adapter         | same
-    Sec. 3.2, positions   | silent                      | resized as in DINOv2                  | detris_embeddings
-    Sec. 3.3, text        | 3x3 reads the 1x1's output  | Eq. 1: also F_v, which fits 2.69M     | same
-    Eq. 1, conv           | nothing else                | + bias, BatchNorm, ReLU: fits 2.69M   | same
-    Eq. 1, widths         | silent                      | d/2, d/4, d/4; reduced to d/16        | same
-    Eq. 2, f_v^l          | silent                      | behind norm2, as the MLP's input      | same
-    Eq. 2, CLS, registers | silent                      | F_cross = F_v                         | F_cross = 2 F_v
-    Eq. 2, padding        | silent                      | masked                                | not masked
-    Eq. 2, F_MHCA         | width: silent               | 128 for each d: fits Table 4          | same
-    Eq. 2, F_MHCA         | heads, dropout: silent      | 8, 0.1                                | same
-    Eq. 3, f_t^l          | silent                      | before ln_2, not normed               | same
-    Eq. 3, between        | nothing                     | as printed                            | DETRISTextAdapter
-    Fig. 1, adapters      | beside the MLP              | times 0.2, inside LayerScale          | same
-    Sec. 3.4, f_v^i       | 1/3, 2/3, last              | B: blocks 5, 9, 12; L: 9, 17, 24      | same
-    Eq. 4, keys           | words                       | as printed                            | the sentence alone
-    Eq. 4, F_MHCA         | its result is F_f           | map times result, concatenated, 1x1   | same
-    Eq. 4, Conv           | one 3x3                     | two 3x3                               | same
-    Eq. 4, f_c            | no residual; none in CRIS   | + F_f                                 | same
-    Sec. 3.4, decoder     | LayerNorm: places silent    | before all, behind MHSA, MHCA, in FFN | same
-    Sec. 3.4, decoder     | sizes: silent               | 512, FFN 512, 8 heads, dropout 0.1    | same
-    Sec. 3.4, padding     | silent                      | what follows the end token            | id 0, a "!" (not here)
-    Eq. 5, F_c            | 4x upsampling, Conv         | twice 2x and a 3x3; at last a 1x1     | same
-    Eq. 6, target         | silent                      | area: the mean of its cell, see below | nearest pixel
-    Sec. 4.2, images      | resized to 448 x 448        | letterbox, antialiased                | cv2's warp
-    Sec. 4.2, masks       | silent                      | 0 or 1                                | cv2's warp: 0 to 1
-    Sec. 4.2, mean, std   | silent                      | ImageNet's, as in DINOv2              | CLIP's
-    Sec. 4.2, words       | silent                      | 17; G-Ref (umd), mixed: 22            | mixed: 17
-    Sec. 4.1, epoch       | 120,624 samples             | a sentence of each object: 42,404     | same
-    Sec. 4.2, epochs      | 50, decay at 35             | as printed                            | B: 65; 35 and 55
-    Sec. 4.2, DCRIS-L     | batch 64, lr 0.0002         | as printed                            | 32, 0.0001
-    Sec. 4.2, best epoch  | silent                      | mIoU, all sentences of val            | first ones (not here)
-    Sec. 4.2, precision   | silent                      | bf16 on a GPU                         | fp16 (not here)
-    Sec. 4.2, threshold   | silent                      | 0.35                                  | same
-    Sec. 4.2, metric      | IoU                         | oIoU and mIoU                         | same
-    BACKBONES             | pretrained                  | tiny: this project's                  | not there
+    where                | the paper                   | here                                   | DETRIS's code
+    ---------------------+-----------------------------+----------------------------------------+-----------------------
+    abstract             | links a layer to all before | links branches within one adapter      | same
+    Sec. 3.2, positions  | silent                      | resized as in DINOv2                   | detris_embeddings
+    Fig. 1, adapters     | beside the MLP              | times 0.2; DA: inside LayerScale       | same
+    Eq. 1, convolutions  | no more                     | + bias, BatchNorm, ReLU: fits 2.69M    | same
+    Eq. 1, 3x3           | in the text: F_v1           | F_v and F_v1, as printed: fits 2.69M   | same
+    Eq. 1, widths        | silent                      | d/2, d/4, d/4; reduced to d/16         | same
+    Eq. 2, f_v^l         | silent                      | behind norm2, as the MLP's input       | same
+    Eq. 2, CLS, reg.     | silent                      | F_cross = F_v                          | F_cross = 2 F_v
+    Eq. 2, padding       | silent                      | masked                                 | not masked
+    Eq. 2, F_MHCA        | silent                      | 128 wide: Table 4; 8 heads, dropout .1 | same
+    Eq. 3, f_t^l         | silent                      | before ln_2, not normed                | same
+    Eq. 3, between       | ReLU                        | as printed                             | DETRISTextAdapter
+    Sec. 3.4, f_v^i      | at 1/3, 2/3 and the end     | after 5, 9, 12; L: 9, 17, 24           | same
+    Eq. 4, keys          | words                       | as printed                             | the sentence alone
+    Eq. 4, F_f           | result of F_MHCA            | map times result, concatenated, 1x1    | same
+    Eq. 4, Conv          | one 3x3                     | two 3x3, + F_f                         | same
+    Sec. 3.4, decoder    | norms, sizes: silent        | norms: DecoderLayer; 512 wide, 8 heads | same
+    Sec. 3.4, padding    | silent                      | what follows the end token             | id 0, a "!" (not here)
+    Eq. 5, F_c           | 4x upsampling, Conv         | twice 2x and a 3x3; at last a 1x1      | same
+    Eq. 6, target        | silent                      | area: the mean of a cell, see below    | nearest pixel
+    Sec. 4.1, epoch      | 120,624 samples             | one sentence of each object: 42,404    | same
+    Sec. 4.2, words      | silent                      | 17; G-Ref (umd), mixed: 22             | mixed: 17
+    Sec. 4.2, images     | resized to 448 x 448        | letterbox, antialiased; mask 0 or 1    | cv2's warp of both
+    Sec. 4.2, mean, std  | silent                      | ImageNet's, as in DINOv2               | CLIP's
+    Sec. 4.2, training   | 50 epochs; L: batch 64      | as printed                             | DETRIS, DETRIS_BASE
+    Sec. 4.2, best epoch | silent                      | mIoU, all sentences of val             | one each (not here)
+    Sec. 4.2, precision  | silent                      | bf16 on a GPU                          | fp16 (not here)
+    Sec. 4.2, metric     | IoU; threshold: silent      | mIoU and oIoU, threshold 0.35          | mIoU, oIoU; 0.35
+    Table 1, DCRIS-L*    | silent                      | as DCRIS-L: 3.09M in adapters          | 33.33M (not here)
+    BACKBONES            | pretrained                  | tiny: this project's                   | not there
 
 Target: a logit covers 3.5 x 3.5 pixels of the canvas. `nearest` takes its first pixel, but the way back to the
 photograph reads the logit at its centre. An output equal to its target then reaches 93 mIoU, with `area` 99 (objects of
 1 to 8 % of a photograph).
+DETRIS-L* has adapters of width 384 in vision blocks 1 to 23 and text blocks 1 to 11, counted from 0.
 `tiny` is small random towers. It trains with AdamW, warm-up, cosine and Dice, and its decoder adds positions to the map
 itself (decoder_position): without that it learned colours, not places.
 """
@@ -94,13 +88,12 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard dev
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # Sec. 3.2: DINOv2 with registers, and the text tower of CLIP ViT-B/16
+CLIP_B16 = open_clip.get_model_config("ViT-B-16-quickgelu")
 BACKBONES = {
-    "dinov2-base": dict(
-        hub="facebook/dinov2-with-registers-base", clip=open_clip.get_model_config("ViT-B-16-quickgelu"),
-        dino=dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=14, image_size=518)),
-    "dinov2-large": dict(
-        hub="facebook/dinov2-with-registers-large", clip=open_clip.get_model_config("ViT-B-16-quickgelu"),
-        dino=dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518)),
+    "dinov2-base": dict(hub="facebook/dinov2-with-registers-base", clip=CLIP_B16, dino=dict(
+        hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=14, image_size=518)),
+    "dinov2-large": dict(hub="facebook/dinov2-with-registers-large", clip=CLIP_B16, dino=dict(
+        hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, patch_size=14, image_size=518)),
     "tiny": dict(
         dino=dict(hidden_size=64, num_hidden_layers=4, num_attention_heads=2, patch_size=8, image_size=64,
                   initializer_range=0.25),  # with DINOv2's 0.02, chosen for wider towers, it does not learn positions
@@ -174,13 +167,8 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
     if not tune.startswith("method"):
         c |= dict(visual_layers=(), text_layers=())
     c = Config(**(c | flags))
-    check(c, BACKBONES[backbone]["dino"], BACKBONES[backbone]["clip"]["text_cfg"])
-    return c
-
-
-def check(c: Config, dino: dict, text: dict) -> None:
-    """Raises UserError for settings that do not fit one another."""
-    patch, depth, most = dino["patch_size"], dino["num_hidden_layers"], 77 - baselines.prompts(c)
+    dino, text, most = BACKBONES[backbone]["dino"], BACKBONES[backbone]["clip"]["text_cfg"], 77 - baselines.prompts(c)
+    patch, depth = dino["patch_size"], dino["num_hidden_layers"]
     check_config(
         c, baseline_dims=baselines.rule(c),
         image_size=(c.image_size % patch == 0, f"a multiple of the patch size, {patch}"),
@@ -195,16 +183,15 @@ def check(c: Config, dino: dict, text: dict) -> None:
         head_dim=(c.head_dim == text["width"], f"{text['width']}, the width of the words, the decoder's keys"),
         head_heads=(lambda: c.head_dim % c.head_heads == 0, f"a divisor of head_dim, {c.head_dim}"),
         tune=(c.tune.startswith("method") or not c.visual_layers + c.text_layers, "method, where blocks have adapters"))
+    return c
 
 
 # Encoders (Sec. 3.2)
 
 
 def build_towers(backbone: str, weights: str) -> tuple[Dinov2WithRegistersModel, open_clip.CLIP]:
-    """DINOv2, and CLIP's text tower without its image tower.
-
-    `weights`: "random", "pretrained" (the hub's cache, or downloaded) or two files with a comma between.
-    """
+    """DINOv2, and CLIP without its image tower. `weights`: "random", "pretrained" (the hub's cache, or downloaded) or
+    two files with a comma between."""
     names = BACKBONES[backbone]
     check_released(backbone, weights)
     vision = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**names["dino"]))
@@ -477,9 +464,9 @@ class DCRIS(nn.Module):
             tower.requires_grad_(c.tune == "full")
         for p in self.vision.embeddings.mask_token, self.text.logit_scale:  # which the forward pass does not read
             p.requires_grad_(False)
-        visual, text = (DenseAligner, DETRISTextAdapter) if self.detris else (DenseCrossAdapter, TextAdapter)
-        self.visual_adapters = nn.ModuleDict({str(i): visual(c, width, text_width) for i in c.visual_layers})
-        self.text_adapters = nn.ModuleDict({str(i): text(c, text_width) for i in c.text_layers})
+        DA, TA = (DenseAligner, DETRISTextAdapter) if self.detris else (DenseCrossAdapter, TextAdapter)
+        self.visual_adapters = nn.ModuleDict({str(i): DA(c, width, text_width) for i in c.visual_layers})
+        self.text_adapters = nn.ModuleDict({str(i): TA(c, text_width) for i in c.text_layers})
         self.baseline = baselines.add(c, dict(self.vision.named_modules()), dict(self.text.named_modules()),
                                       self.text.token_embedding)
 

@@ -102,6 +102,17 @@ def test_only_adapters_and_head_learn(variant):
     assert trained.keys() - changed == set()
 
 
+@pytest.mark.parametrize("flags", [dict(visual_layers=()), dict(text_layers=())])
+def test_one_kind_of_adapter_alone(flags):
+    """Table 3; Fig. 4 (d), with text adapters alone, and (e), with DenseCrossAdapters alone."""
+    both, one = tiny().eval(), tiny(**flags).eval()
+    images, tokens, _ = inputs(both)
+    one.load_state_dict({k: v for k, v in both.state_dict().items() if k in one.state_dict()})
+    assert 0 < count(one.parts()["adapter"]) < count(both.parts()["adapter"])
+    with torch.no_grad():
+        assert not torch.allclose(one(images, tokens), both(images, tokens), atol=1e-4)
+
+
 def test_blocks_before_the_first_adapter_keep_no_graph():
     model = tiny(visual_layers=(1, 3), text_layers=(1, 3)).train()
     seen = {}
