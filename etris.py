@@ -8,7 +8,7 @@ three levels with the sentence, then the fused map with the words, and convolves
 
     Fig. 2               the whole model               ETRIS.forward
     Fig. 3               features with, w/o Bridgers   toolbox/draw.py
-    Sec. 3.1             image tower in stages         ResNetTower, ViTTower, DINOv2Tower
+    Sec. 3.1             image tower in stages         toolbox/clip_towers.py
     Sec. 3.1             text tower in stages          ETRIS.encode
     Sec. 3.2, Eq. 1-2    Bridger                       Bridger.forward
     Sec. 3.2, Eq. 3      its residuals                 lines 1, 2: Bridger.forward; lines 3, 4: ETRIS.encode
@@ -40,7 +40,7 @@ its column says "not here".
     Eq. 5                | no residual, norm, FFN width   | residual, then LayerNorm; 128      | same
     Eq. 5                | heads, dropout: silent         | 4 heads, for a ViT 8; 0.1          | same
     Eq. 5, padding       | silent                         | masked                             | not masked
-    Eq. 6, line 1        | Conv                           | (de)convolution, BatchNorm, ReLU   | same
+    Eq. 6, lines 1, 3    | Conv                           | (de)convolution, BatchNorm, ReLU   | same
     Eq. 6, line 2        | keys: F_s; one key, softmax 1  | as printed: 1,575,936 dead weights | same
     Eq. 6, line 2        | result of the attention        | map times result                   | same
     Eq. 6, F_s           | no projection                  | projected if its width differs     | always projected
@@ -48,7 +48,7 @@ its column says "not here".
     Eq. 8, line 2        | keys: F_s                      | keys: words (decoder_text)         | same
     Eq. 8, positions     | added to F_v and F_s once      | to queries and keys of each layer  | same
     Eq. 8, norms         | silent                         | see DecoderLayer; one at the end   | same
-    Eq. 8, padding       | silent                         | what follows the end token         | id 0, also a "!"
+    Eq. 8, padding       | silent                         | what follows the end token         | id 0, a "!" (not here)
     Eq. 9, lines 1, 2    | 4x upsampling, then Conv       | twice 2x and a 3x3; at last a 1x1  | same
     Eq. 9, bias          | D values                       | one                                | same
     Eq. 10, target       | silent                         | nearest pixel                      | same
@@ -59,15 +59,15 @@ its column says "not here".
     Sec. 4.2, masks      | silent                         | 0 or 1                             | soft edges (not here)
     Sec. 4.2, lr, ViT    | Bridgers: 0.001                | as printed                         | 0.0001
     Sec. 4.2, epoch      | 120,624 samples                | a sentence of each object: 42,404  | same
-    Sec. 4.2, best epoch | silent                         | mIoU, all sentences of val         | see below (not here)
+    Sec. 4.2, best epoch | silent                         | mIoU, all sentences of val         | (2), not here
     Sec. 4.2, precision  | silent                         | bf16 on a GPU                      | fp16 (not here)
     Sec. 4, metric       | oIoU                           | oIoU and mIoU                      | mIoU only
     Appendix A, MDETR    | Bridgers for grounding         | absent                             | absent
-    BACKBONES            | CLIP                           | dinov2-base too: Table 2 of DCRIS  | not there
-    BACKBONES            | pretrained                     | tiny, tiny-vit: this project's     | not there
+    BACKBONES            | CLIP                           | also DINOv2 (Table 2 of DCRIS)     | not there
+    BACKBONES            | pretrained                     | also tiny, tiny-vit (3)            | not there
 
-The public code chooses the best epoch by the first sentence of each object of val, for RefCOCO+ of testB.
-`tiny` and `tiny-vit` train with AdamW, warm-up, cosine and Dice. Their decoder adds positions to the map itself.
+(2) By the first sentence of each object of val, for RefCOCO+
+of testB. (3) They train with AdamW, warm-up, cosine and Dice. Their decoder adds positions to the map itself.
 """
 
 from __future__ import annotations
@@ -76,29 +76,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip import get_model_config
 from torch import Tensor, nn
 
 from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision, sine_1d, sine_2d
 from toolbox import baselines
+from toolbox.clip_towers import TOWERS, build_clip, resized
 from toolbox.tokenizers import clip_tokens
-from toolbox.weights import check_released, load_clip, load_dinov2_and_clip
-
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of RGB values
-CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 TINY_TEXT = dict(context_length=77, vocab_size=4096, width=64, heads=2, layers=4)
 # Sec. 4.2: CLIP. `kind`: of the image tower (TOWERS)
 BACKBONES = {
-    "RN101": dict(kind="resnet", hub="timm/resnet101_clip.openai",
-                  clip=open_clip.get_model_config("RN101-quickgelu")),
-    "RN50": dict(kind="resnet", hub="timm/resnet50_clip.openai", clip=open_clip.get_model_config("RN50-quickgelu")),
+    "RN101": dict(kind="resnet", hub="timm/resnet101_clip.openai", clip=get_model_config("RN101-quickgelu")),
+    "RN50": dict(kind="resnet", hub="timm/resnet50_clip.openai", clip=get_model_config("RN50-quickgelu")),
     "ViT-B-16": dict(kind="vit", hub="timm/vit_base_patch16_clip_224.openai",
-                     clip=open_clip.get_model_config("ViT-B-16-quickgelu")),
+                     clip=get_model_config("ViT-B-16-quickgelu")),
     "dinov2-base": dict(kind="dinov2", hub="facebook/dinov2-with-registers-base",
-                        clip=open_clip.get_model_config("ViT-B-16-quickgelu")),
+                        clip=get_model_config("ViT-B-16-quickgelu")),
     "tiny": dict(kind="resnet", clip=dict(
         embed_dim=64, quick_gelu=True, text_cfg=TINY_TEXT,
         vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64, image_size=128))),
@@ -149,7 +145,7 @@ class Config(TrainConfig):
 
 
 VIT = dict(bridger_heads=8, adapter_lr=10.0)  # Sec. 4.2: a learning rate of 0.001 for the Bridgers of a ViT
-RELEASED = dict(train_positions=True, text_proj=True, adapter_lr=1.0)  # and ReleasedBridger, ReleasedViTBridger
+RELEASED = dict(train_positions=True, text_proj=True, adapter_lr=1.0)  # and Released... below
 DINOV2 = dict(image_size=448, train_positions=False)
 TINY = dict(
     blocks=(2, 3, 4), bridger_dim=32, bridger_heads=2, bridger_ffn=64, bridger_dropout=0.0, head_dim=64, head_heads=2,
@@ -162,7 +158,9 @@ def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refc
     """The settings of a backbone, variant and data set; `flags` override them. Raises UserError."""
     kind, clip = BACKBONES[backbone]["kind"], BACKBONES[backbone]["clip"]
     resnet, tiny, tune = kind == "resnet", backbone.startswith("tiny"), flags.get("tune", "method")
-    c = dict(backbone=backbone, variant=variant)
+    quarter = 128 if resnet else 192  # Sec. 5.1: a quarter of the width
+    c = dict(backbone=backbone, variant=variant, baseline_dims=baselines.dims(
+        tune, tiny, lora=(1, 1), adapter=(quarter, 128), conv_adapter=(quarter, 0)))
     if dataset.startswith("refcocog") or dataset == "mixed":
         c |= dict(words=22)
     if not resnet:
@@ -173,8 +171,6 @@ def config(backbone: str = "RN101", variant: str = "etris", dataset: str = "refc
         c |= DINOV2
     if tiny:
         c |= TINY | dict(image_size=clip["vision_cfg"]["image_size"], tower_lr=1.0 if resnet else 0.5)
-    quarter = 128 if resnet else 192  # Sec. 5.1: a quarter of the width
-    c |= dict(baseline_dims=baselines.dims(tune, tiny, lora=(1, 1), adapter=(quarter, 128), conv_adapter=(quarter, 0)))
     if not tune.startswith("method"):
         c |= dict(bridger_stages=(), train_positions=False)
     c = Config(**(c | flags))
@@ -203,154 +199,6 @@ def check(c: Config, kind: str, text: dict, sentence_width: int) -> None:
         decoder_text=(c.decoder_text == "words" or c.head_dim == sentence_width,
                       f"words: F_s is {sentence_width} wide, not {c.head_dim}"),
         tune=(c.tune.startswith("method") or not c.bridger_stages, "method, where stages have Bridgers"))
-
-
-# Image towers (Sec. 3.1)
-
-
-class ResNetTower:
-    """CLIP's ResNet in stages. A tower holds no parameters: these stay in `visual`, a module of the model."""
-
-    mean_std = CLIP
-
-    def __init__(self, visual: nn.Module, blocks: tuple[int, ...], sentence_width: int):
-        base = visual.conv3.out_channels
-        self.visual = visual
-        self.widths = 8 * base, 16 * base, 32 * base             # C_i of stages 2, 3 and 4
-        self.strides = 8, 16, 32                                 # pixels to a place of their maps
-        self.out_width = sentence_width                          # channels of end()
-        self.unread = []                                         # parameters that the forward pass does not read
-
-    def start(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> features before stage 2 (B, C, H/4, W/4)"""
-        return self.visual.layer1(self.visual.stem(images))
-
-    def stage(self, x: Tensor, i: int) -> Tensor:
-        return getattr(self.visual, f"layer{i}")(x)
-
-    def as_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return x
-
-    def add(self, x: Tensor, f_v: Tensor) -> Tensor:
-        return x + f_v
-
-    def end(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The map after stage 4, projected by CLIP to the width of the sentence. -> (B, C', H/32, W/32)"""
-        return attention_pool(self.visual.attnpool, x)
-
-    def train_positions(self, side: int) -> None:
-        self.visual.attnpool.positional_embedding.requires_grad_(True)
-
-
-class ViTTower:
-    """CLIP's ViT in stages; features are tokens (B, 1 + N, C), the class token first."""
-
-    mean_std, prefix = CLIP, 1                                   # prefix: tokens that belong to no place
-
-    def __init__(self, visual: nn.Module, blocks: tuple[int, ...], sentence_width: int):
-        self.set(visual, visual.transformer.resblocks, blocks, visual.conv1.out_channels, visual.patch_size[0])
-        self.out_width, self.unread = sentence_width, []
-
-    def set(self, visual: nn.Module, layers: nn.ModuleList, ends: tuple[int, ...], width: int, patch: int) -> None:
-        self.visual, self.widths, self.strides = visual, (width,) * 3, (patch,) * 3
-        self.stages = dict(zip(STAGES, (layers[a:b] for a, b in zip((0, *ends), ends))))
-
-    def start(self, images: Tensor) -> Tensor:
-        visual = self.visual
-        x = visual.conv1(images)                                 # (B, C, H/p, W/p)
-        positions = resized(visual.positional_embedding, x.shape[-2:])
-        x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1)
-        return visual.ln_pre(x + positions)                      # (B, 1+N, C)
-
-    def stage(self, x: Tensor, i: int) -> Tensor:
-        for block in self.stages[i]:
-            x = block(x)
-        return x
-
-    def as_map(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return x[:, self.prefix:].transpose(1, 2).unflatten(2, grid)  # (B, C, H/p, W/p)
-
-    def add(self, x: Tensor, f_v: Tensor) -> Tensor:
-        """f_v: (B, C, H/p, W/p). Tokens that belong to no place stay."""
-        return x + F.pad(f_v.flatten(2).transpose(1, 2), (0, 0, self.prefix, 0))
-
-    def end(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.as_map(self.visual.ln_post(x) @ self.visual.proj, grid)  # (B, C', H/p, W/p)
-
-    def train_positions(self, side: int) -> None:
-        """The public code trains a table of the input's size."""
-        self.visual.positional_embedding = nn.Parameter(
-            resized(self.visual.positional_embedding.detach(), (side, side)))
-
-
-class DINOv2Tower(ViTTower):
-    """DINOv2 with four registers behind the class token. It has no projection to the text's space."""
-
-    mean_std, prefix = IMAGENET, 5
-
-    def __init__(self, visual: nn.Module, blocks: tuple[int, ...], sentence_width: int):
-        size = visual.config
-        self.set(visual, visual.encoder.layer, blocks, size.hidden_size, size.patch_size)
-        self.out_width, self.unread = size.hidden_size, [visual.embeddings.mask_token]
-
-    def start(self, images: Tensor) -> Tensor:
-        return self.visual.embeddings(images)                    # (B, 5+N, C)
-
-    def stage(self, x: Tensor, i: int) -> Tensor:
-        for block in self.stages[i]:
-            x = block(x)
-            x = x[0] if isinstance(x, tuple) else x              # a tuple before transformers 5
-        return x
-
-    def end(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        return self.as_map(self.visual.layernorm(x), grid)       # (B, C, H/p, W/p)
-
-
-TOWERS = dict(resnet=ResNetTower, vit=ViTTower, dinov2=DINOv2Tower)
-
-
-def attention_pool(pool: nn.Module, x: Tensor) -> Tensor:
-    """CLIP's attention pool with each place as a query, without the mean. (B, C, H, W) -> (B, C', H, W)"""
-    grid = tuple(x.shape[-2:])
-    y = x.flatten(2).transpose(1, 2) + resized(pool.positional_embedding, grid)[1:]  # (B, N, C)
-    q, k, v = (p(y).unflatten(2, (pool.num_heads, -1)).transpose(1, 2) for p in (pool.q_proj, pool.k_proj, pool.v_proj))
-    y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)  # (B, N, C)
-    y = pool.c_proj(y).transpose(1, 2).unflatten(2, grid)        # (B, C', H, W)
-    return F.relu(y + pool.connect(x)) if hasattr(pool, "connect") else y
-
-
-def resized(table: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Positional embeddings (1 + n, C), the first of the class token, for another grid. -> (1 + H*W, C)"""
-    side = int((len(table) - 1) ** 0.5)
-    if grid == (side, side):
-        return table
-    places = F.interpolate(table[1:].T.unflatten(1, (side, side))[None], grid, mode="bicubic")
-    return torch.cat([table[:1], places[0].flatten(1).T])
-
-
-def build_clip(backbone: str, weights: str) -> open_clip.CLIP:
-    """CLIP; for dinov2-base with DINOv2 as its image tower.
-
-    `weights`: "random", "pretrained" (the hub's cache, or downloaded) or a file; for dinov2-base its file and CLIP's.
-    """
-    names = BACKBONES[backbone]
-    if weights == "pretrained":
-        check_released(backbone, weights)
-    clip = open_clip.CLIP(**names["clip"])
-    if names["kind"] == "dinov2":
-        from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-        del clip.visual
-        dino = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, image_size=518))
-        if weights != "random":
-            load_dinov2_and_clip(dino, clip, weights, names["hub"], backbone)
-        clip.visual = dino
-        return clip
-    if names["kind"] == "resnet":  # a training step on a CPU takes 4 % (RN101) to 12 % (tiny) less time
-        clip.visual.to(memory_format=torch.channels_last)
-    if weights != "random":
-        load_clip(clip, weights, names.get("hub", ""), backbone)
-    return clip
 
 
 # Bridger (Sec. 3.2)
@@ -632,7 +480,7 @@ class ETRIS(nn.Module):
     def __init__(self, c: Config, weights: str = "random"):
         super().__init__()
         self.c, kind = c, BACKBONES[c.backbone]["kind"]
-        self.clip = build_clip(c.backbone, weights)
+        self.clip = build_clip(c.backbone, weights, **BACKBONES[c.backbone])
         text_width, sentence_width = self.clip.text_projection.shape
         self.tower = tower = TOWERS[kind](self.clip.visual, c.blocks, sentence_width)
         sides = [c.image_size // s for s in tower.strides]
@@ -648,12 +496,12 @@ class ETRIS(nn.Module):
         if c.connect:  # under the public code's name
             self.clip.visual.attnpool.connect = nn.Sequential(
                 nn.Conv2d(tower.widths[2], sentence_width, 1, bias=False), nn.BatchNorm2d(sentence_width))
-        self.clip.requires_grad_(c.tune == "full")
-        if c.train_positions:
-            self.clip.positional_embedding.requires_grad_(True)
-            tower.train_positions(sides[0])
-        for p in self.clip.logit_scale, *tower.unread:
-            p.requires_grad_(False)
+        if c.train_positions and kind == "vit":  # one table of the input's size, as in the public code
+            table = self.clip.visual.positional_embedding.detach()
+            self.clip.visual.positional_embedding = nn.Parameter(resized(table, (sides[0], sides[0])))
+        for name, p in self.clip.named_parameters():
+            trained = c.tune == "full" or c.train_positions and name.endswith("positional_embedding")
+            p.requires_grad_(trained and not name.endswith(("logit_scale", "mask_token")))  # two that nothing reads
         bridger = Bridger if c.variant == "etris" else ReleasedBridger if kind == "resnet" else ReleasedViTBridger
         self.bridgers = nn.ModuleDict({
             str(i): bridger(c, i, width, text_width, side, sides[1], linked=i > min(c.bridger_stages))
@@ -687,8 +535,8 @@ class ETRIS(nn.Module):
         v = tower.start(images)                                  # (B, C, H/4, W/4), or tokens (B, 1+N, C)
         t = clip.token_embedding(tokens) + clip.positional_embedding[:n]  # (B, L, C)
         maps, last = [], None
-        for i, first, after in zip(STAGES, (0, *self.c.blocks), self.c.blocks):
-            v = tower.stage(v, i)
+        for i, stage, first, after in zip(STAGES, tower.stages, (0, *self.c.blocks), self.c.blocks):
+            v = stage(v)
             for block in clip.transformer.resblocks[first:after]:
                 t = block(t, attn_mask=clip.attn_mask[:n, :n])
             if str(i) in self.bridgers:
