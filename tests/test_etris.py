@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 import data
@@ -458,12 +459,32 @@ def test_bridgers_start_as_the_public_code_starts_them():
 
 
 def test_loss_is_eq_10_and_11():
-    model = tiny(dice=0.0)
     logits, masks = torch.randn(2, 1, 4, 4), torch.zeros(2, 8, 8)
-    masks[:, :3, :5] = 1  # an edge at odd pixels: the nearest pixel decides
-    p, inside = logits.sigmoid()[:, 0], masks[:, ::2, ::2] == 1
-    by_hand = -(p[inside].log().sum() + (1 - p[~inside]).log().sum()) / 32
-    assert torch.allclose(model.loss(logits, masks), by_hand, atol=1e-6)
+    masks[:, :3, :5] = 1  # edges within a logit's cell
+    p = logits.sigmoid()[:, 0]
+    for target, t in ("area", masks.view(2, 4, 2, 4, 2).mean((2, 4))), ("nearest", masks[:, ::2, ::2]):
+        by_hand = -(t * p.log() + (1 - t) * (1 - p).log()).mean()
+        assert torch.allclose(tiny(dice=0.0, target=target).loss(logits, masks), by_hand, atol=1e-6)
+
+
+@pytest.mark.parametrize("backbone, size, least", [("tiny", 416, 0.965), ("tiny-vit", 64, 0.91)])
+def test_what_the_loss_teaches_comes_back_to_its_place(backbone, size, least):
+    """A model that predicts exactly what its loss wants, through the one way back to the photograph."""
+    model, rng, off, ious = tiny(backbone, image_size=size, dice=0.0), np.random.default_rng(0), [], []
+    for _ in range(6):
+        angles, radii = np.sort(rng.uniform(0, 2 * np.pi, 12)), size * rng.uniform(0.08, 0.16, 12)
+        corners = size * rng.uniform(0.3, 0.7, 2) + (radii * [np.cos(angles), np.sin(angles)]).T
+        picture = Image.new("1", (size, size))
+        ImageDraw.Draw(picture).polygon(list(map(tuple, corners)), fill=1)
+        mask = np.array(picture)
+        side = size // 4 if backbone == "tiny" else size // 2
+        logits = torch.zeros(1, 1, side, side, requires_grad=True)
+        model.loss(logits, torch.from_numpy(mask).float()[None]).backward()
+        wanted = 0.5 - logits.numel() * logits.grad[0, 0]  # the derivative at 0 is (0.5 - target) / n
+        back = data.from_canvas(wanted.logit(1e-3), mask.shape, model.preprocess).sigmoid().numpy() > model.c.threshold
+        ious.append((mask & back).sum() / (mask | back).sum())
+        off.append(np.argwhere(back).mean(0) - np.argwhere(mask).mean(0))
+    assert np.abs(off).max() < 0.25 and np.abs(np.mean(off, 0)).max() < 0.06 and np.mean(ious) > least
 
 
 # invariances
@@ -513,6 +534,8 @@ def test_settings_of_the_paper_and_of_the_public_code():
     c, v, r = etris.config(), etris.config("ViT-B-16"), etris.config("ViT-B-16", "released")
     assert (c.image_size, c.words, c.epochs, c.milestones, c.lr, c.batch_size) == (416, 17, 50, (35,), 1e-4, 32)
     assert (c.adapter_lr, v.adapter_lr, r.adapter_lr, c.bridger_heads, v.bridger_heads) == (1.0, 10.0, 1.0, 4, 8)
+    assert (c.target, v.target, r.target) == ("area", "area", "nearest")
+    assert [on_meta("ViT-B-16", v).preprocess.fit for v in etris.VARIANTS] == ["letterbox", "warp"]  # in training too
     assert etris.config(dataset="refcocog_umd").words == etris.config(dataset="refcocog_google").words == 22
     assert etris.ETRIS(etris.config("tiny")).preprocess.mean == (0.48145466, 0.4578275, 0.40821073)
     tokens = on_meta().tokenize(["The RED car", "dog " * 50])
@@ -532,6 +555,15 @@ def test_settings_of_the_paper_and_of_the_public_code():
     ("RN50", dict(decoder_text="sentence"), "decoder-text"), ("tiny", dict(tune="full", bridger_stages=(2,)), "tune")])
 def test_impossible_settings_are_named(backbone, flags, word):
     with pytest.raises(UserError, match=f"--{word}.* must be "):
+        etris.config(backbone, **flags)
+
+
+@pytest.mark.parametrize("backbone, flags, values", [
+    ("tiny", dict(zoom="pointwise"), "deconv, interpolate, linear, mlp"),
+    ("tiny-vit", dict(zoom="interpolate"), "deconv, linear, mlp for a ViT"),
+    ("tiny", dict(target="mean"), "area, nearest")])
+def test_a_refusal_lists_all_that_is_allowed(backbone, flags, values):
+    with pytest.raises(UserError, match=f"must be one of {values}"):
         etris.config(backbone, **flags)
 
 
