@@ -147,7 +147,7 @@ class Config(TrainConfig):
 
 
 VIT = dict(bridger_heads=8, adapter_lr=10.0)  # Sec. 4.2: a learning rate of 0.001 for the Bridgers of a ViT
-RELEASED = dict(train_positions=True, text_proj=True, adapter_lr=1.0, target="nearest")  # and Released... below
+RELEASED = dict(train_positions=True, text_proj=True, adapter_lr=1.0, target="nearest")  # and ReleasedBridger, "warp"
 DINOV2 = dict(image_size=448, train_positions=False)
 TINY = dict(
     blocks=(2, 3, 4), bridger_dim=32, bridger_heads=2, bridger_ffn=64, bridger_dropout=0.0, head_dim=64, head_heads=2,
@@ -270,17 +270,17 @@ class Interactor(nn.Module):
 
 
 class Bridger(nn.Module):
-    """Eq. 1 to 5 for one stage. `width`, `side`: of its map; `middle`: side of stage 3's map, the common size h', w';
-    `linked`: an earlier stage has a Bridger."""
+    """Eq. 1 to 5 for one stage. `width`, `side`: of its map; `middle`: of stage 3's map, the common size h', w'."""
 
     interactor, zoom_layer = Interactor, staticmethod(zoom_layer)
 
-    def __init__(self, c: Config, stage: int, width: int, text_width: int, side: int, middle: int, linked: bool):
+    def __init__(self, c: Config, stage: int, width: int, text_width: int, side: int, middle: int):
         super().__init__()
         d, kernel, up = c.bridger_dim, 1 if stage == 3 else 2, UP[stage - 2]
         self.zoom_in = self.zoom_layer(c.zoom, width, d, kernel, up, side, middle)
         self.zoom_out = self.zoom_layer(c.zoom, d, width, kernel, not up, middle, side)
         self.linear1, self.linear2 = nn.Linear(text_width, d), nn.Linear(d, text_width)
+        linked = stage > min(c.bridger_stages)  # it adds what the Bridger before gives
         self.ln_v, self.ln_t = (nn.LayerNorm(d), nn.LayerNorm(d)) if linked else (None, None)
         self.ita_v, self.ita_t = self.interactor(c), self.interactor(c)
         for m in self.modules():  # as in the public code; in_proj of the attentions keeps PyTorch's initialisation
@@ -486,7 +486,7 @@ class ETRIS(nn.Module):
         text_width, sentence_width = self.clip.text_projection.shape
         self.tower = tower = TOWERS[kind](self.clip.visual, c.blocks, sentence_width)
         sides = [c.image_size // s for s in tower.strides]
-        fit = "letterbox" if c.variant == "etris" else "warp"
+        fit = "letterbox" if c.variant == "etris" else "warp"    # the authors' way, in training too
         self.preprocess = Preprocess(c.image_size, fit, "bicubic", *tower.mean_std)
         # Random values are drawn in the order towers, decoder, Bridgers: each --tune starts from the same decoder.
         ratios = tuple(max(s, sides[1]) // min(s, sides[1]) for s in sides)  # to the size of stage 3's map
@@ -507,7 +507,7 @@ class ETRIS(nn.Module):
             p.requires_grad_(trained and not name.endswith(("logit_scale", "mask_token")))  # two that nothing reads
         bridger = Bridger if c.variant == "etris" else ReleasedBridger if kind == "resnet" else ReleasedViTBridger
         self.bridgers = nn.ModuleDict({
-            str(i): bridger(c, i, width, text_width, side, sides[1], linked=i > min(c.bridger_stages))
+            str(i): bridger(c, i, width, text_width, side, sides[1])
             for i, width, side in zip(STAGES, tower.widths, sides) if i in c.bridger_stages})
         text = {n: m for n, m in self.clip.named_modules() if not n.startswith("visual")}
         self.baseline = baselines.add(c, dict(self.clip.visual.named_modules()), text, self.clip.token_embedding)

@@ -447,7 +447,7 @@ def test_the_head_computes_eq_6_to_9(backbone, variant):
 
 def test_bridgers_start_as_the_public_code_starts_them():
     torch.manual_seed(0)
-    b = etris.Bridger(etris.config("RN101"), 3, 1024, 512, 26, 26, linked=True)
+    b = etris.Bridger(etris.config("RN101"), 3, 1024, 512, 26, 26)
     assert float(b.linear1.weight.detach().std()) == pytest.approx(0.02, rel=0.05) and not b.linear2.bias.any()
     assert float(b.ita_v.cross_attn.out_proj.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
     assert float(b.zoom_in.weight.detach().std()) == pytest.approx((2 / 64) ** 0.5, rel=0.05)  # He's, of the outputs
