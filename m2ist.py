@@ -18,21 +18,24 @@ vision-language (V-L) encoder fuses the results, and a head regresses the box fr
     Fig. 4               attention of [REG]            toolbox/draw.py
     Tables I, II, IV-X   their rows                    toolbox/tables.py
 
-The side stream h of an encoder. The paper describes it in words only:
+The side stream. The paper describes it in words only (Sec. III-B b): the adapters' outputs are added along with the
+original tokens, the result to the output of the encoder, and LayerNorm is not shown. Config.side is one of three
+readings. f is what the V-L encoder receives; in language, LEA takes the place of VEA:
 
-    h = z + sum over i of (IEA_i(a_i) + VEA_i(m_i))    in language, LEA_i in place of VEA_i
-    f = e + LN(h)                                      what the V-L encoder receives; LN has no parameters
+    paper   f = e + LN(z + sum over i of (IEA_i(a_i) + VEA_i(m_i)))           LN has no parameters
+    public  f = e + z + sum over i of (IEA_i(a_i) - a_i + VEA_i(m_i) - m_i)   as the vision branch of the public code
+    added   f = e + sum over i of (IEA_i(a_i) - a_i + VEA_i(m_i) - m_i)       up-projections start at 0
 
-z: the tokens that enter the encoder, without positions. a_i, m_i: outputs of attention and of the feed-forward network
-in the i-th layer with adapters, before residual and norm. e: the output of the frozen encoder. Eq. 1, 4 and 5 contain
-x + ..., so h contains a_i and m_i themselves: with s = 0, h = z + sum over i of (a_i + m_i).
+e: output of the frozen encoder. z: the tokens that enter it, without positions. a_i, m_i: outputs of attention and of
+the feed-forward network in the i-th layer with adapters, before residual and norm. Eq. 1, 4 and 5 contain x + ..., so
+"paper" adds a_i and m_i themselves. "added" starts exactly as --tune frozen, which has f = e.
 
 Deviations:
     where               | the paper                  | here                           | the public code
-    ------------------- | -------------------------- | ------------------------------ | --------------------------------
-    side stream         | skip connections           | h and f, as above              | x + left out, and s in IEA
+    --------------------+----------------------------+--------------------------------+---------------------------------
+    side stream         | in words                   | Config.side                    | public; s in VEA and LEA only
     input of IEA (text) | output of attention        | before residual and norm       | after residual and norm
-    LayerNorm of M3ISA  | not shown                  | one, over h                    | per adapter; BERT's cancels s
+    LayerNorm of M3ISA  | not shown                  | paper: over the sum            | per adapter; BERT's cancels s
     order in Eq. 2, 3   | not legible                | shared channels last           | shared channels last
     parallel (Fig. 3 b) | x + in Eq. 1, 4, 5         | dropped: the layer has its own | not released
     language layers     | 7 to 12 (Table VIII)       | 7 to 12                        | 1 to 6, their norms run twice
@@ -41,6 +44,7 @@ Deviations:
     init of adapters    | Kaiming normal             | Kaiming normal                 | Xavier; text, shared N(0, 0.02)
     init of the rest    | Xavier (V-L encoder)       | and PyTorch's for proj., head  | as here for the V-L encoder
     size of adapters    | 3.19 M                     | 2.96 M                         | 2.99 M; 0.2 M counted twice
+    Table IX, C_i       | 64, 128, 256: 2.00 to 3.19 | a larger C_i has fewer         | C_d = 32, 64, 128 would fit
     frozen encoders     | frozen                     | in eval mode                   | dropout stays on
     --tune full         | fully fine-tuned           | not stem, layer1, BatchNorms   | as here (TransVG)
     Eq. 6               | smooth L1; no lambda given | beta 1, lambda 1               | L1 (beta 0), lambda 1
@@ -103,6 +107,7 @@ class Config(TrainConfig):
     image_size: int = 640                   # side of the canvas in pixels, a multiple of 32
     words: int = 20                         # longest sentence in wordpieces, with [CLS] and [SEP]; 40 for RefCOCOg
     insertion: Literal["side", "parallel", "sequential"] = "side"  # where M3ISA is inserted, Fig. 3, Table VII
+    side: Literal["paper", "public", "added"] = "paper"  # form of the side stream; added: up-projections start at 0
     mha_adapter: ADAPTERS = "iea"           # adapters that read attention outputs, Tables V and VI
     ffn_adapter: ADAPTERS = "vea+lea"       # adapters that read feed-forward outputs, Tables V and VI
     vision_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # DETR layers with M3ISA, counted from 0
@@ -111,7 +116,6 @@ class Config(TrainConfig):
     iea_dim: int = 128                      # C_d, bottleneck width of IEA
     interaction_dim: int = 256              # C_i, channels that both modalities share in IEA, Table IX
     adapter_scale: float = 0.1              # s, scale of all adapters, Sec. IV-B
-    zero_init: bool = False                 # up-projections of adapters start at 0 (not in the paper)
     vl_dim: int = 256                       # C_p, width of the V-L encoder, Sec. III-A
     vl_heads: int = 8                       # attention heads of the V-L encoder
     vl_ffn: int = 2048                      # hidden width of its feed-forward networks
@@ -174,10 +178,10 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
 # Adapters, M3ISA (Sec. III-B a). `branch`: "vision" or "text"; `widths`: channels of each
 
 
-def linear(width_in: int, width_out: int, zero: bool = False) -> nn.Linear:
-    """Kaiming normal weights (Sec. IV-B), or zeros. The bias starts at 0."""
+def linear(c: Config, width_in: int, width_out: int, up: bool = False) -> nn.Linear:
+    """Kaiming normal weights (Sec. IV-B), but zeros in an up-projection of the form "added". The bias starts at 0."""
     layer = nn.Linear(width_in, width_out)
-    nn.init.zeros_(layer.weight) if zero else nn.init.kaiming_normal_(layer.weight)
+    nn.init.zeros_(layer.weight) if up and c.side == "added" else nn.init.kaiming_normal_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
@@ -188,12 +192,15 @@ class Experts(nn.Module):
     def __init__(self, c: Config, widths: dict[str, int]):
         super().__init__()
         self.s = c.adapter_scale
-        self.down = nn.ModuleDict({branch: linear(w, c.adapter_dim) for branch, w in widths.items()})
-        self.up = nn.ModuleDict({branch: linear(c.adapter_dim, w, c.zero_init) for branch, w in widths.items()})
+        self.down = nn.ModuleDict({branch: linear(c, w, c.adapter_dim) for branch, w in widths.items()})
+        self.up = nn.ModuleDict({branch: linear(c, c.adapter_dim, w, up=True) for branch, w in widths.items()})
+
+    def change(self, x: Tensor, branch: str) -> Tensor:
+        return self.s * self.up[branch](F.relu(self.down[branch](x)))
 
     def forward(self, x: Tensor, branch: str) -> Tensor:
         """(B, N, C) -> (B, N, C)"""
-        return x + self.s * self.up[branch](F.relu(self.down[branch](x)))  # Eq. 1
+        return x + self.change(x, branch)                        # Eq. 1
 
 
 class IEA(nn.Module):
@@ -202,25 +209,21 @@ class IEA(nn.Module):
     def __init__(self, c: Config, widths: dict[str, int]):
         super().__init__()
         self.s, d = c.adapter_scale, c.iea_dim
-        self.down = nn.ModuleDict({branch: linear(w, d) for branch, w in widths.items()})
-        self.shared = linear(d, c.interaction_dim, c.zero_init)
-        self.up = nn.ModuleDict({branch: linear(d, w - c.interaction_dim, c.zero_init)
+        self.down = nn.ModuleDict({branch: linear(c, w, d) for branch, w in widths.items()})
+        self.shared = linear(c, d, c.interaction_dim, up=True)
+        self.up = nn.ModuleDict({branch: linear(c, d, w - c.interaction_dim, up=True)
                                  for branch, w in widths.items() if w > c.interaction_dim})
 
-    def forward(self, x: Tensor, branch: str) -> Tensor:
-        """(B, N, C) -> (B, N, C)"""
+    def change(self, x: Tensor, branch: str) -> Tensor:
         z = F.relu(self.down[branch](x))                         # (B, N, C_d)
         f = self.shared(z)                                       # (B, N, C_i)
         if branch in self.up:  # not where C = C_i
             f = torch.cat([self.up[branch](z), f], -1)           # (B, N, C)  Eq. 2 (vision), 3 (text)
-        return x + self.s * f                                    # Eq. 4 (vision), 5 (text)
+        return self.s * f
 
-
-def build_adapter(kind: str, c: Config, widths: dict[str, int]) -> nn.Module | None:
-    if kind == "iea":
-        return IEA(c, widths)
-    widths = {branch: w for branch, w in widths.items() if dict(vision="vea", text="lea")[branch] in kind}
-    return Experts(c, widths) if widths else None
+    def forward(self, x: Tensor, branch: str) -> Tensor:
+        """(B, N, C) -> (B, N, C)"""
+        return x + self.change(x, branch)                        # Eq. 4 (vision), 5 (text)
 
 
 class M3ISA(nn.Module):
@@ -228,11 +231,14 @@ class M3ISA(nn.Module):
 
     def __init__(self, c: Config, widths: dict[str, int]):
         super().__init__()
-        self.mha, self.ffn = (build_adapter(kind, c, widths) for kind in (c.mha_adapter, c.ffn_adapter))
+        experts = dict(vision="vea", text="lea")
+        self.mha, self.ffn = (
+            IEA(c, widths) if kind == "iea" else Experts(c, {b: w for b, w in widths.items() if experts[b] in kind})
+            for kind in (c.mha_adapter, c.ffn_adapter))
 
-    def of(self, branch: str) -> list[nn.Module | None]:
+    def of(self, branch: str) -> list[Experts | IEA | None]:
         """The adapters of a branch, [mha, ffn]; None where it has none."""
-        return [m if m is not None and branch in m.down else None for m in (self.mha, self.ffn)]
+        return [m if branch in m.down else None for m in (self.mha, self.ffn)]
 
 
 # Encoders (Sec. III-A)
@@ -442,15 +448,18 @@ class M2IST(nn.Module):
     # Side networks (Sec. III-B b)
 
     def side_network(self, e: Encoded, branch: str) -> Tensor:
-        """The encoder's output plus that of its side network: f of the module docstring (B, N, C)"""
+        """What the V-L encoder receives, f of the module docstring (B, N, C)"""
         if self.c.insertion != "side":
             return e.output
-        h, has_adapters = e.tokens, False
-        for i, pair in enumerate(self.m3isa):
-            for adapter, x in zip(pair.of(branch), (e.attention[:, i], e.ffn[:, i])):
-                if adapter is not None:
-                    h, has_adapters = h + adapter(x, branch), True
-        return e.output + F.layer_norm(h, h.shape[-1:]) if has_adapters else e.output
+        inputs = [(m, x) for i, pair in enumerate(self.m3isa)
+                  for m, x in zip(pair.of(branch), (e.attention[:, i], e.ffn[:, i])) if m is not None]
+        if not inputs:
+            return e.output
+        if self.c.side == "paper":
+            h = sum((m(x, branch) for m, x in inputs), e.tokens)
+            return e.output + F.layer_norm(h, h.shape[-1:])
+        f = e.output + e.tokens if self.c.side == "public" else e.output
+        return sum((m.change(x, branch) for m, x in inputs), f)
 
     # V-L encoder and head (Sec. III-A c)
 

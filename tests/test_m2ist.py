@@ -20,6 +20,7 @@ from toolbox.costs import saved_bytes
 from toolbox.tokenizers import SEP
 
 SENTENCES = ["the small red circle on the left", "square"]
+SIDES = "paper", "public", "added"
 
 
 def on_meta(**flags):
@@ -63,6 +64,7 @@ def test_sizes_of_the_paper():
                                model.head)] == [107_776, 256, 65_792, 196_864, 7_890_432, 132_612]
     assert count(on_meta(dataset="refcocog_umd").parts()["head"]) == 8_393_732 + 5_120  # 20 more positions
     assert sum(b.numel() for n, b in model.detr.body.named_buffers()) == 106_240
+    assert {count(on_meta(side=side).m3isa) for side in SIDES} == {2_962_944} and m2ist.config().side == "paper"
 
 
 def test_full_tuning_is_transvgs():
@@ -85,7 +87,7 @@ def test_recipes_follow_the_data_set():
     (dict(image_size=600), "image-size"), (dict(text_layers=(6, 7)), "text-layers"), (dict(vision_layers=(3, 1)), "vision"),
     (dict(vision_layers=(6,), text_layers=(6,)), "vision"), (dict(interaction_dim=257), "interaction-dim"),
     (dict(vl_heads=3), "vl-heads"), (dict(words=2), "words"), (dict(tune="frozen", mha_adapter="iea"), "tune"),
-    (dict(insertion="inside"), "insertion"), (dict(ffn_adapter="lora"), "ffn-adapter")])
+    (dict(insertion="inside"), "insertion"), (dict(ffn_adapter="lora"), "ffn-adapter"), (dict(side="none"), "side")])
 def test_settings_that_cannot_be(flags, name):
     with pytest.raises(UserError, match=name):
         m2ist.config(**flags)
@@ -281,18 +283,19 @@ def randomize(model):
     return model
 
 
+@pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("flags", [
     {}, dict(mha_adapter="vea+lea", ffn_adapter="iea"), dict(interaction_dim=16), dict(interaction_dim=64),
     dict(mha_adapter="none", ffn_adapter="lea"), dict(ffn_adapter="vea", vision_layers=(1,), text_layers=(0,))])
-def test_side_networks_are_the_docstrings_equations(flags):
-    model = randomize(tiny(adapter_scale=0.3, **flags)).eval()
+def test_side_networks_are_the_docstrings_equations(flags, side):
+    model = randomize(tiny(adapter_scale=0.3, side=side, **flags)).eval()
     images, tokens, _ = inputs(model)
     w = model.state_dict()
     with torch.no_grad():
         seen, encoded = sublayer_outputs(model, images, tokens)
         for branch in "vision", "text":
             e = encoded[branch]
-            h, used = e.tokens.double(), False
+            h, used = torch.zeros_like(e.tokens).double(), False
             layers = model.c.vision_layers if branch == "vision" else model.c.text_layers
             for n, layer in enumerate(layers):
                 for place in "mha", "ffn":
@@ -305,19 +308,14 @@ def test_side_networks_are_the_docstrings_equations(flags):
                     ups += [f"{key}.shared"] if f"{key}.shared.weight" in w else []
                     f = torch.cat([z @ w[f"{u}.weight"].double().T + w[f"{u}.bias"] for u in ups], -1)
                     assert f.shape == x.shape
-                    h = h + x + 0.3 * f
-            h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+                    h = h + 0.3 * f + (x if side == "paper" else 0)
+            if side != "added":
+                h = h + e.tokens
+            if side == "paper":
+                h = (h - h.mean(-1, keepdim=True)) / (h.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
             want = e.output.double() + h if used else e.output.double()
             assert torch.allclose(model.side_network(e, branch).double(), want, atol=1e-5), branch
             assert used == any(f".down.{branch}." in k for k in w)
-    # without s all that is left is a sum of what the encoders' sublayers gave
-    if not flags:
-        still = tiny(adapter_scale=0.0).eval()
-        with torch.no_grad():
-            seen, encoded = sublayer_outputs(still, images, tokens)
-            h = encoded["vision"].tokens + sum(seen["vision"]["mha"]) + sum(seen["vision"]["ffn"])
-            want = encoded["vision"].output + F.layer_norm(h, h.shape[-1:])
-            assert torch.allclose(still.side_network(encoded["vision"], "vision"), want, atol=1e-5)
 
 
 def test_the_vl_encoder_and_the_head():
@@ -424,18 +422,22 @@ def test_every_way_to_tune_starts_from_the_same_head():
 
 
 def test_starts():
-    model = tiny(adapter_dim=64, iea_dim=64)
+    model = tiny(side="paper", adapter_dim=64, iea_dim=64)
     for name, p in model.m3isa.named_parameters():
         if name.endswith("bias"):
             assert not p.any()
         else:  # Kaiming normal: variance 2 / fan-in
             assert p.std().item() == pytest.approx((2 / p.shape[1]) ** 0.5, rel=0.15), name
-    zero = tiny(zero_init=True)
-    images, tokens, _ = inputs(zero)
-    with torch.no_grad():
-        e = zero.encode_image(images)
-        h = e.tokens + e.attention.sum(1) + e.ffn.sum(1)
-        assert torch.allclose(zero.side_network(e, "vision"), e.output + F.layer_norm(h, h.shape[-1:]), atol=1e-5)
+
+
+@pytest.mark.parametrize("insertion", ["side", "parallel", "sequential"])
+def test_added_starts_exactly_as_frozen(insertion):
+    frozen, method = (common.build(m2ist, m2ist.config("tiny", **flags), "random", 0).train() for flags in (
+        dict(tune="frozen"), dict(side="added", insertion=insertion)))
+    images, tokens, boxes = inputs(frozen, 4)
+    outputs = [model(images, tokens) for model in (frozen, method)]
+    assert torch.equal(*outputs) and torch.equal(frozen.loss(outputs[0], boxes), method.loss(outputs[1], boxes))
+    assert count(method.m3isa) == count(tiny(side="paper").m3isa) > 0
 
 
 # what is trained
@@ -445,9 +447,9 @@ def owner(t):
     return t.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("tune", ["method", "frozen"])
-def test_no_graph_through_the_encoders(tune):
-    model = tiny(tune=tune, vl_dropout=0.1).train()
+@pytest.mark.parametrize("flags", [*(dict(side=side) for side in SIDES), dict(tune="frozen")])
+def test_no_graph_through_the_encoders(flags):
+    model = tiny(vl_dropout=0.1, **flags).train()
     assert not any(m.training for e in (model.detr, model.bert) for m in e.modules())
     images, tokens, boxes = inputs(model, 4)
     towers = {owner(t): n for e in (model.detr, model.bert) for n, t in [*e.named_parameters(), *e.named_buffers()]}
@@ -479,7 +481,8 @@ def test_no_graph_through_the_encoders(tune):
     assert not any(n.startswith(("detr.", "bert.")) for n in (names[i] for i in leaves))
 
 
-@pytest.mark.parametrize("flags", [{}, dict(insertion="parallel"), dict(insertion="sequential"),
+@pytest.mark.parametrize("flags", [*(dict(side=side) for side in SIDES), dict(insertion="parallel"),
+                                   dict(insertion="sequential"), dict(side="added", insertion="sequential"),
                                    dict(mha_adapter="vea", ffn_adapter="iea")])
 def test_only_adapters_and_head_learn(flags):
     model = tiny(**flags).train()
