@@ -47,7 +47,7 @@ Deviations:
     Table IX, C_i       | 64, 128, 256: 2.00 to 3.19 | a larger C_i has fewer         | C_d = 32, 64, 128 would fit
     frozen encoders     | frozen                     | in eval mode                   | dropout stays on
     --tune full         | fully fine-tuned           | not stem, layer1, BatchNorms   | as here (TransVG)
-    Eq. 6               | smooth L1; no lambda given | beta 1, lambda 1               | L1 (beta 0), lambda 1
+    Eq. 6               | smooth L1; no lambda given | L1, lambda 1 (Config.box_loss) | L1, lambda 1
     epochs on RefCOCOg  | 90                         | 90                             | 120 or 180
     an epoch            | not stated                 | every sentence once            | every sentence once
     augmentation        | not described              | TransVG's, corrected (data.py) | TransVG's
@@ -56,9 +56,10 @@ Deviations:
     precision           | not stated                 | bf16 on a GPU (memory differs) | fp32
     tiny                | none                       | vl_position, token_loss        | none
 
-Boxes lie in 0..1, where smooth L1 with beta 1 is always quadratic: an error of 0.05 costs 0.001, but 0.05 with L1.
-GIoU therefore dominates Eq. 6. `tiny` belongs to this project: it adds positions to the tokens, and token_loss makes
-[REG] attend to the object. Its words, and those of --weights random, are numbered by checksum.
+Eq. 6: the paper's figures come from code with L1, as TransVG's. Boxes lie in 0..1, where smooth L1 is always quadratic:
+an error of 0.05 costs 0.001, but 0.05 with L1, so with smooth L1 and lambda 1 GIoU alone decides.
+`tiny` belongs to this project: it adds positions to the tokens, and token_loss makes [REG] attend to the object. Its
+words, and those of --weights random, are numbered by checksum.
 """
 
 from __future__ import annotations
@@ -122,8 +123,8 @@ class Config(TrainConfig):
     vl_layers: int = 6                      # layers of the V-L encoder, Sec. III-A
     vl_dropout: float = 0.1                 # dropout in the V-L encoder
     vl_position: Literal["attention", "content"] = "attention"  # add positions to queries, keys; content: to tokens too
+    box_loss: Literal["l1", "smooth-l1"] = "l1"  # first term of Eq. 6; printed: smooth-l1
     giou: float = 1.0                       # lambda of Eq. 6, weight of GIoU
-    smooth_l1_beta: float = 1.0             # smooth L1 is quadratic below this error; 0: L1
     token_loss: float = 0.0                 # weight of a loss on which image tokens lie in the box (not in the paper)
     # training
     augment: bool = True                    # random scale, crop, color jitter and flip, as in TransVG
@@ -490,9 +491,10 @@ class M2IST(nn.Module):
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Output of forward and target boxes (B, 4) -> scalar: summed over coordinates, mean over samples"""
         boxes, logits = output[:, :4].float(), output[:, 4:].float()
-        l1 = F.smooth_l1_loss(boxes, target, beta=self.c.smooth_l1_beta, reduction="none").sum(1).mean()
+        distance = F.l1_loss if self.c.box_loss == "l1" else F.smooth_l1_loss
         corners = [box_convert(b, "cxcywh", "xyxy") for b in (boxes, target)]
-        loss = l1 + self.c.giou * generalized_box_iou_loss(*corners, reduction="mean")  # Eq. 6
+        loss = distance(boxes, target, reduction="none").sum(1).mean() \
+            + self.c.giou * generalized_box_iou_loss(*corners, reduction="mean")  # Eq. 6
         if logits.numel():
             inside = tokens_in_boxes(target, logits.shape[1])
             bce = F.binary_cross_entropy_with_logits(logits, inside)

@@ -87,7 +87,8 @@ def test_recipes_follow_the_data_set():
     (dict(image_size=600), "image-size"), (dict(text_layers=(6, 7)), "text-layers"), (dict(vision_layers=(3, 1)), "vision"),
     (dict(vision_layers=(6,), text_layers=(6,)), "vision"), (dict(interaction_dim=257), "interaction-dim"),
     (dict(vl_heads=3), "vl-heads"), (dict(words=2), "words"), (dict(tune="frozen", mha_adapter="iea"), "tune"),
-    (dict(insertion="inside"), "insertion"), (dict(ffn_adapter="lora"), "ffn-adapter"), (dict(side="none"), "side")])
+    (dict(insertion="inside"), "insertion"), (dict(ffn_adapter="lora"), "ffn-adapter"), (dict(side="none"), "side"),
+    (dict(box_loss="l2"), "box-loss")])
 def test_settings_that_cannot_be(flags, name):
     with pytest.raises(UserError, match=name):
         m2ist.config(**flags)
@@ -570,10 +571,12 @@ def test_the_loss_by_hand():
                                                                                              [0.7, 0.7, 0.2, 0.2]])
     # IoU 3/5 in a hull without rest; no overlap, the hull 0.7 x 0.7 with 0.08 of it covered
     giou = [1 - 0.12 / 0.20, 1 - (0 - (0.49 - 0.08) / 0.49)]
-    squares = [0.5 * 0.1 ** 2, 0.5 * 2 * 0.5 ** 2]
-    assert model.loss(boxes, target).item() == pytest.approx(sum(squares) / 2 + sum(giou) / 2, abs=1e-5)
-    l1 = tiny(smooth_l1_beta=0.0, giou=2.0).loss(boxes, target).item()
-    assert l1 == pytest.approx((0.1 + 1.0) / 2 + 2 * sum(giou) / 2, abs=1e-5)
+    distances = {"l1": (0.1 + 1.0) / 2, "smooth-l1": 0.5 * (0.1 ** 2 + 2 * 0.5 ** 2) / 2}
+    for box_loss, distance in distances.items():
+        for weight in 1.0, 2.0:
+            loss = tiny(box_loss=box_loss, giou=weight).loss(boxes, target).item()
+            assert loss == pytest.approx(distance + weight * sum(giou) / 2, abs=1e-5)
+    assert m2ist.config().box_loss == "l1" and m2ist.config().giou == 1  # as the public code, see the module docstring
     half = [model.loss(boxes[k:k + 1], target[k:k + 1]).item() for k in (0, 1)]
     assert sum(half) / 2 == pytest.approx(model.loss(boxes, target).item(), abs=1e-6)  # accumulation is the same batch
     none = model.loss(torch.zeros(1, 4), target[:1])
