@@ -49,12 +49,10 @@ Deviations:
     --tune full         | fully fine-tuned           | not stem, layer1, BatchNorms   | as here (TransVG)
     Eq. 6               | smooth L1; no lambda given | L1, lambda 1 (Config.box_loss) | L1, lambda 1
     epochs on RefCOCOg  | 90                         | 90                             | 120 or 180
-    an epoch            | not stated                 | every sentence once            | every sentence once
     augmentation        | not described              | TransVG's, corrected (data.py) | TransVG's
     words against crops | not described              | also center, upper, edge, ...  | left, right, top, bottom, middle
     color jitter        | not described              | before resizing                | after resizing
     precision           | not stated                 | bf16 on a GPU (memory differs) | fp32
-    tiny                | none                       | vl_position, token_loss        | none
 
 Eq. 6: the paper's figures come from code with L1, as TransVG's. Boxes lie in 0..1, where smooth L1 is always quadratic:
 an error of 0.05 costs 0.001, but 0.05 with L1, so with smooth L1 and lambda 1 GIoU alone decides.
@@ -108,7 +106,7 @@ class Config(TrainConfig):
     image_size: int = 640                   # side of the canvas in pixels, a multiple of 32
     words: int = 20                         # longest sentence in wordpieces, with [CLS] and [SEP]; 40 for RefCOCOg
     insertion: Literal["side", "parallel", "sequential"] = "side"  # where M3ISA is inserted, Fig. 3, Table VII
-    side: Literal["paper", "public", "added"] = "paper"  # form of the side stream; added: up-projections start at 0
+    side: Literal["paper", "public", "added"] = "paper"  # form of the side stream (docstring); added starts as frozen
     mha_adapter: ADAPTERS = "iea"           # adapters that read attention outputs, Tables V and VI
     ffn_adapter: ADAPTERS = "vea+lea"       # adapters that read feed-forward outputs, Tables V and VI
     vision_layers: tuple[int, ...] = (0, 1, 2, 3, 4, 5)  # DETR layers with M3ISA, counted from 0
@@ -123,7 +121,7 @@ class Config(TrainConfig):
     vl_layers: int = 6                      # layers of the V-L encoder, Sec. III-A
     vl_dropout: float = 0.1                 # dropout in the V-L encoder
     vl_position: Literal["attention", "content"] = "attention"  # add positions to queries, keys; content: to tokens too
-    box_loss: Literal["l1", "smooth-l1"] = "l1"  # first term of Eq. 6; printed: smooth-l1
+    box_loss: Literal["l1", "smooth-l1"] = "l1"  # first term of Eq. 6, which prints smooth-l1
     giou: float = 1.0                       # lambda of Eq. 6, weight of GIoU
     token_loss: float = 0.0                 # weight of a loss on which image tokens lie in the box (not in the paper)
     # training
@@ -277,20 +275,16 @@ class EncoderLayer(nn.Module):
 
 def bert_sublayers(layer: nn.Module, pad: Tensor):
     """The same for a layer of transformers' BertModel: (attention, norm, feed-forward network, norm)"""
-    attention, out, final = layer.attention.self, layer.attention.output, layer.output
+    attention, final = layer.attention, layer.output
 
     def attend(x: Tensor) -> Tensor:
-        heads = attention.num_attention_heads
-        q, k, v = (proj(x).unflatten(-1, (heads, -1)).transpose(1, 2)
-                   for proj in (attention.query, attention.key, attention.value))  # (B, heads, L, C / heads)
-        dropout = attention.dropout.p if attention.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, ~pad[:, None, None], dropout)
-        return out.dropout(out.dense(y.transpose(1, 2).flatten(2)))
+        y = attention.self(x, attention_mask=~pad[:, None, None])[0]
+        return attention.output.dropout(attention.output.dense(y))
 
     def ffn(x: Tensor) -> Tensor:
         return final.dropout(final.dense(layer.intermediate(x)))
 
-    return attend, out.LayerNorm, ffn, final.LayerNorm
+    return attend, attention.output.LayerNorm, ffn, final.LayerNorm
 
 
 class DETR(nn.Module):
