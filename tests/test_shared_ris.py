@@ -308,15 +308,30 @@ def test_files_that_do_not_fit(small, file, tmp_path, pieces):
     for broken in [b"", b"nothing", *(pieces["bpe"][:n] for n in (*range(10, 420), 10_000))]:
         (tmp_path / "broken.spm").write_bytes(broken)
         with pytest.raises(UserError, match="broken.spm is not BEiT-3's tokenizer"):
-            load(released_state(SIZE), "broken.spm")
+            SentencePieces(str(tmp_path / "broken.spm"), 50)
     sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "words"), model_prefix=str(tmp_path / "other"),
                                              vocab_size=20, minloglevel=2)
     with pytest.raises(UserError, match="other.model is not BEiT-3's tokenizer, beit3.spm with its 40 pieces"):
         load(released_state(SIZE), "other.model")
-    with pytest.raises(UserError, match="beit3.spm cannot be read as weights: it holds something other than tensors"):
+    with pytest.raises(UserError, match="beit3.spm cannot be read as weights: it is neither a safetensors nor"):
         shared_ris.SharedRIS(shared_ris.config(**small), str(file.parent / "beit3.spm"))
     with pytest.raises(UserError, match="tiny has no released weights"):
+        shared_ris.SharedRIS(shared_ris.config("tiny"), "pretrained")
+    with pytest.raises(UserError, match="does not hold tiny"):
         shared_ris.SharedRIS(shared_ris.config("tiny"), str(file))
+
+
+@pytest.mark.parametrize("names", ["ours", "released"])
+def test_a_file_of_tiny_towers_loads(tmp_path, names):
+    """It needs no tokenizer: tiny reads hashed words."""
+    state = {k: v for k, v in tiny().beit3.state_dict().items() if not k.startswith("pieces.")}
+    if names == "released":
+        prefix = dict(layers="encoder.", layer_norm="encoder.", embed_positions="encoder.", text_embed="")
+        state = {f"beit3.{prefix.get(k.split('.')[0], 'vision_embed.')}{k}": v for k, v in state.items()}
+    torch.save(state, tmp_path / "towers.pth")
+    model = shared_ris.SharedRIS(shared_ris.config("tiny", tune="frozen"), str(tmp_path / "towers.pth"))
+    assert fingerprint(model) == fingerprint(tiny(tune="frozen"))
+    assert torch.equal(model.tokenize(SENTENCES), tiny().tokenize(SENTENCES))
 
 
 def test_released_files_are_downloaded_once_and_whole(monkeypatch, tmp_path, small, file):

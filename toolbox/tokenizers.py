@@ -53,7 +53,7 @@ def bert_vocabulary(path: str, size: int) -> Tensor:
     """vocab.txt as a tensor, (size, LONGEST_WORDPIECE) uint8, so that checkpoints can hold it. Raises UserError for the
     vocabulary of another model."""
     try:
-        words = [w.encode() for w in Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        words = [w.encode() for w in Path(path).read_text(encoding="utf-8-sig").rstrip("\n").split("\n")]
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{path}: BERT's vocabulary, a vocab.txt beside its weights, cannot be read ({e}).") from None
     if len(words) != size or words[CLS:SEP + 1] != [b"[CLS]", b"[SEP]"] or max(map(len, words)) > LONGEST_WORDPIECE:

@@ -9,6 +9,8 @@ import os
 import re
 import urllib.error
 import urllib.request
+import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,34 +22,33 @@ from torch import Tensor, nn
 from common import UserError, first_line
 
 # Files
+#
+# Libraries, proxies and foreign files raise exceptions of many kinds, so they are all caught here.
+
+WITHOUT = "--weights FILE[,FILE] takes files, and --weights random or --backbone tiny needs none"
 
 
-def fetch(repo: str, name: str, else_: str = "--weights FILE[,FILE] takes files, and --weights random or --backbone "
-          "tiny needs none") -> str:
+def fetch(repo: str, name: str, without: str = WITHOUT) -> str:
     """Path of a file of the Hugging Face hub, from its cache or downloaded. Raises UserError where both fail."""
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
     try:
         return hf_hub_download(repo, name, local_files_only=True)
-    except EntryNotFoundError:  # not in the cache
+    except HFValidationError as e:
+        raise UserError(f"{name} of {repo}: {first_line(e)}") from None
+    except Exception:  # it is not in the cache, or there is no cache
         pass
-    except ValueError as e:  # the hub's error for an invalid name
-        raise UserError(f"{name} of {repo}: {first_line(e)}.") from None
-    missing = (f"{name} of {repo} is not on this machine and {constants.ENDPOINT} cannot be reached. With a network: "
-               f"hf download {repo} {name}. Without one, {else_}.")
-    try:  # checked once here, because the hub's own retries take over a minute
-        if constants.HF_HUB_OFFLINE:
-            raise UserError(missing)
-        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # the server answered
-    except OSError:
-        raise UserError(missing) from None
     try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError("HF_HUB_OFFLINE is set")
+        with suppress(urllib.error.HTTPError):  # an answer; asked once, because the hub retries for over a minute
+            headers(constants.ENDPOINT)
         return hf_hub_download(repo, name)
-    except (RepositoryNotFoundError, EntryNotFoundError, OSError) as e:
-        raise UserError(f"{name} of {repo} could not be downloaded: {first_line(e)}.") from None
+    except Exception as e:
+        raise UserError(f"{name} of {repo} is not on this machine and cannot be downloaded from {constants.ENDPOINT} "
+                        f"({reason(e, constants.ENDPOINT)}). With a network: hf download {repo} {name}. Without "
+                        f"one, {without}.") from None
 
 
 def download(url: str) -> str:
@@ -56,43 +57,55 @@ def download(url: str) -> str:
 
     path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[1]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):  # only one of several processes downloads
-            if not path.exists():
-                with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10) as answer:
-                    size = answer.headers.get("Content-Length")
-                part = path.with_name(path.name + ".part")
-                torch.hub.download_url_to_file(url, str(part))
-                if size and part.stat().st_size != int(size):
-                    raise OSError(f"{part.stat().st_size:,} of {int(size):,} bytes came")
-                os.replace(part, path)
-    except OSError as e:
-        raise UserError(f"{path} is not there and {url} cannot be downloaded ({e}). With a network: curl -fL -o {path} "
-                        f"{url}. Without one, --weights FILE takes a file, and --weights random or --backbone tiny "
-                        "needs none.") from None
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{path}.lock"):  # only one of several processes downloads
+                if not path.exists():
+                    download_to(path, url)
+    except Exception as e:
+        raise UserError(f"{path} is not there and {url} cannot be downloaded ({reason(e, url)}). With a network: "
+                        f"curl -fL -o {path} {url} (TORCH_HOME sets another folder). Without one, {WITHOUT}.") from None
     return str(path)
 
 
+def download_to(path: Path, url: str) -> None:
+    """Downloads into a file beside `path`, and renames it when it is whole."""
+    answer, part = headers(url), path.with_name(path.name + ".part")
+    if answer.get_content_type() == "text/html":  # the log-in page of a network, for instance
+        raise OSError("a web page came instead of the file")
+    torch.hub.download_url_to_file(url, str(part))
+    size, expected = part.stat().st_size, int(answer.get("Content-Length") or 0)
+    if expected and size != expected:
+        raise OSError(f"{size:,} of {expected:,} bytes came")
+    os.replace(part, path)
+
+
+def headers(url: str):
+    """The headers with which a server answers."""
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("the address must begin with https://; HF_ENDPOINT sets it")
+    with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10) as answer:
+        return answer.headers
+
+
+def reason(e: Exception, url: str) -> str:
+    """The first line of an error, and the proxy in use, without its password."""
+    (scheme, _, rest), proxies = url.partition("://"), urllib.request.getproxies()
+    proxy = proxies.get(scheme) or proxies.get("all")
+    used = proxy and not urllib.request.proxy_bypass(rest.split("/")[0])
+    return first_line(e) + (f"; the proxy is {proxy.rsplit('@', 1)[-1]}" if used else "")
+
+
 def read_weights(path: str) -> dict[str, Tensor]:
-    """State dict of a .safetensors, .pth or TorchScript file, without wrappers such as {"model": ...} or "module."."""
+    """State dict of a safetensors, PyTorch or TorchScript file, whatever its name, without wrappers such as
+    {"model": ...} or "module."."""
+    if os.path.isdir(path):
+        raise UserError(f"{path} is a folder; give the weights file in it.")
     if not os.path.isfile(path):
         raise UserError(f"{path}: no such weights file.")
     try:
-        if str(path).endswith(".safetensors"):
-            state = load_file(path)
-        else:
-            try:
-                # DETR's files also contain their flags, other files numpy scalars
-                scalar = np.float64(0).__reduce__()[0]
-                numbers = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)), scalar,
-                           (scalar, "numpy.core.multiarray.scalar")]  # its name in numpy 1
-                with torch.serialization.safe_globals([argparse.Namespace, *numbers]):
-                    state = torch.load(path, map_location="cpu", weights_only=True)
-            except RuntimeError as e:  # OpenAI's CLIP files are TorchScript archives
-                if "TorchScript" not in str(e):
-                    raise
-                state = torch.jit.load(path, map_location="cpu").state_dict()
-    except Exception as e:  # a damaged or foreign file can raise anything
+        state = read_by_content(path)
+    except Exception as e:
         why = re.sub(r"\x1b\[\d+m", "", first_line(e))  # torch prints in bold
         why = "it holds something other than tensors" if why.startswith("Weights only load failed") else why
         raise UserError(f"{path} cannot be read as weights: {why}") from None
@@ -101,7 +114,44 @@ def read_weights(path: str) -> dict[str, Tensor]:
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict (names and tensors).")
+    wrong = [k for k, v in state.items() if v.layout != torch.strided or v.device.type != "cpu" or v.is_quantized
+             or v.nbytes > v.untyped_storage().nbytes()]  # copying a view larger than its storage could fill the memory
+    if wrong:
+        raise UserError(f"{path}: {wrong[0]} is not an ordinary tensor.")
     return {k.removeprefix("module."): v for k, v in state.items()}
+
+
+def read_by_content(path: str):
+    """What a file of weights holds. Raises any exception for another one."""
+    with open(path, "rb") as f:
+        start = f.read(64)
+    if start[8:9] == b"{":  # behind the length of the header
+        return load_file(path)
+    if start.startswith(b"version https://git-lfs"):
+        raise ValueError("it is a git-lfs pointer. Run git lfs pull in its folder, or download the file itself.")
+    if not start or start.lstrip().startswith(b"<"):
+        raise ValueError(f"it is {'a web page' if start else 'empty'}. Download it again.")
+    if start.startswith(b"PK"):
+        with zipfile.ZipFile(path) as archive:
+            inside = archive.infolist()
+        if not any(i.filename.endswith(("/data.pkl", "/constants.pkl")) for i in inside):
+            raise ValueError("it is a zip archive without weights of PyTorch. Unpack it, and give the file in it.")
+        # tensors are stored uncompressed; the rest is small
+        if (size := sum(i.file_size for i in inside)) > os.path.getsize(path) + 2**26:
+            raise ValueError(f"unpacked it would have {size:,} bytes, many more than the file.")
+    elif not start.startswith(b"\x80"):
+        raise ValueError("it is neither a safetensors nor a PyTorch file.")
+    # DETR's files also contain their flags, other files numpy scalars
+    scalar = np.float64(0).__reduce__()[0]
+    numbers = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)), scalar,
+               (scalar, "numpy.core.multiarray.scalar")]  # its name in numpy 1
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *numbers]), open(path, "rb") as f:
+            return torch.load(f, map_location="cpu", weights_only=True)  # of a path it would look at the name
+    except RuntimeError as e:  # OpenAI's CLIP files are TorchScript archives
+        if "TorchScript" not in str(e):
+            raise
+        return torch.jit.load(path, map_location="cpu").state_dict()
 
 
 def load_exactly(module: nn.Module, state: dict[str, Tensor], path: str, what: str) -> None:
@@ -128,9 +178,9 @@ def renamed(state: dict[str, Tensor], renames: list[tuple]) -> dict[str, Tensor]
 
 def check_released(backbone: str, weights: str) -> None:
     """Raises UserError where released weights are asked of a tiny backbone, which has none."""
-    if weights != "random" and backbone.startswith("tiny"):
-        raise UserError(f"--weights {weights}: the backbone {backbone} has no released weights; give --weights random, "
-                        "or a run folder that trained such towers.")
+    if weights == "pretrained" and backbone.startswith("tiny"):
+        raise UserError(f"--weights pretrained: the backbone {backbone} has no released weights; give --weights "
+                        "random, files of such towers, or a run folder that trained them.")
 
 
 # CLIP, DINOv2
@@ -178,22 +228,30 @@ def load_clip(clip: nn.Module, weights: str, hub: str, backbone: str) -> None:
 def load_dinov2_and_clip(vision: nn.Module, text: nn.Module, weights: str, hub: str, what: str) -> None:
     """Loads DINOv2 with registers and the text half of CLIP ViT-B/16. `weights`: "pretrained" (the hub's cache, or
     downloaded) or two files separated by a comma, in any order. Raises UserError for anything else."""
-    files, loaded = weights.split(","), set()
+    def text_half(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v for k, v in clip_state(state).items() if not k.startswith("visual.")}
+
+    files = weights.split(",")
     if weights == "pretrained":
         files = [fetch(hub, "model.safetensors"),
                  fetch("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors")]
+    load_two(files, "token_embedding.weight", (text, text_half, "the text half of CLIP ViT-B/16"),
+             (vision, lambda state: dinov2_state(state, vision), f"DINOv2 with registers, {what}"))
+
+
+def load_two(files: list[str], key: str, text: tuple, image: tuple) -> str:
+    """Loads two files, in any order, into two towers; a name that ends with `key` tells the text tower's. A tower: the
+    module, its conversion of a state dict, and what its file holds. -> the text tower's file"""
+    loaded = {}
     for file in files:
         state = read_weights(file)
-        if "token_embedding.weight" in state:
-            state = {k: v for k, v in clip_state(state).items() if not k.startswith("visual.")}
-            load_exactly(text, state, file, "the text half of CLIP ViT-B/16")
-            loaded.add("CLIP")
-        else:
-            load_exactly(vision, dinov2_state(state, vision), file, f"{what} (DINOv2 with registers)")
-            loaded.add("DINOv2")
+        module, convert, what = text if any(k.endswith(key) for k in state) else image
+        load_exactly(module, convert(state), file, what)
+        loaded[what] = file
     if len(loaded) < 2 or len(files) > 2:
-        raise UserError(f"--weights {weights}: two files are needed, one of DINOv2 with registers and one of CLIP "
-                        f"ViT-B/16, separated by a comma; found {' and '.join(sorted(loaded))}.")
+        raise UserError(f"--weights {','.join(files)}: two files are needed, separated by a comma: {image[2]} and "
+                        f"{text[2]}; found {' and '.join(loaded)}.")
+    return loaded[text[2]]
 
 
 # DETR, BERT
@@ -236,24 +294,14 @@ def bert_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_detr_and_bert(detr: nn.Module, bert: nn.Module, weights: str) -> str:
     """Loads DETR's encoder and BERT. `weights`: "pretrained" (the hub's cache, or downloaded) or two files separated by
     a comma, in any order. -> path of BERT's vocabulary, the vocab.txt beside its file"""
-    files, words, loaded = weights.split(","), "", set()
+    files, words = weights.split(","), ""
     if weights == "pretrained":
         hub = dict(detr="facebook/detr-resnet-50", bert="google-bert/bert-base-uncased")
         files = [fetch(repo, "model.safetensors") for repo in hub.values()]
         words = fetch(hub["bert"], "vocab.txt")
-    for file in files:
-        state = read_weights(file)
-        if any(k.endswith("embeddings.word_embeddings.weight") for k in state):
-            load_exactly(bert, bert_state(state), file, "bert-base-uncased")
-            words = words or os.path.join(os.path.dirname(file), "vocab.txt")
-            loaded.add("BERT")
-        else:
-            load_exactly(detr, detr_state(state), file, "the encoder of DETR with a ResNet-50")
-            loaded.add("DETR")
-    if len(loaded) < 2 or len(files) > 2:
-        raise UserError(f"--weights {weights}: two files are needed, one of DETR and one of bert-base-uncased, "
-                        f"separated by a comma; found {' and '.join(sorted(loaded))}.")
-    return words
+    file = load_two(files, "embeddings.word_embeddings.weight", (bert, bert_state, "bert-base-uncased"),
+                    (detr, detr_state, "the encoder of DETR with a ResNet-50"))
+    return words or os.path.join(os.path.dirname(file), "vocab.txt")
 
 
 # BEiT-3
@@ -280,13 +328,14 @@ def beit3_state(state: dict[str, Tensor], path: str, grid: int) -> dict[str, Ten
 
 def load_beit3(beit3: nn.Module, weights: str, backbone: str) -> str:
     """Loads BEiT-3. `weights`: "pretrained" (torch.hub's cache, or downloaded) or a file for any image size, with
-    beit3.spm beside it or after a comma. -> path of that tokenizer"""
+    beit3.spm beside it or after a comma. -> path of that tokenizer, or "" for a tiny one, which has none"""
     if weights == "pretrained":
         name = backbone.replace("beit3-", "beit3_") + "_patch16_224.pth"
         file, pieces = download(BEIT3 + name), download(BEIT3 + "beit3.spm")
     else:
         file, _, pieces = weights.partition(",")
-        pieces = pieces or os.path.join(os.path.dirname(file), "beit3.spm")
+        if not pieces and backbone != "tiny":
+            pieces = os.path.join(os.path.dirname(file), "beit3.spm")
     load_exactly(beit3, beit3_state(read_weights(file), file, beit3.grid), file, backbone)
     return pieces
 
