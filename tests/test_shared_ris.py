@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import common
+import data
 import evaluate
 import shared_ris
 import train
@@ -536,14 +537,51 @@ def test_the_head_computes_eq_6_to_11(flags):
 
 
 def test_the_loss_by_hand():
-    model = tiny()
     logits = torch.tensor([[[[0.0, 0.0], [0.0, 0.0]]]])
     masks = torch.zeros(1, 64, 64)
-    masks[:, :32, :32] = 1
-    dice = 1 - (2 * 0.5 + 1) / (2 + 1 + 1)
-    assert float(model.loss(logits, masks)) == pytest.approx(2.0 * math.log(2) + 0.5 * dice, abs=1e-6)
-    model = tiny(bce=0.0, dice=3.0)
-    assert float(model.loss(logits, masks)) == pytest.approx(3 * dice, abs=1e-6)
+    masks[:, :32, :32], masks[:, 40:, 32:] = 1, 1                # targets 1, 0, 0 and 3/4; of their nearest pixels, 0
+    for flags, dot, size, target in [
+            (dict(), 0.875, 4 * 0.25 + 1 + 0.75**2, (1, 0, 0, 0.75)),
+            (dict(dice_squared=False), 0.875, 4 * 0.5 + 1.75, (1, 0, 0, 0.75)),
+            (dict(target="nearest"), 0.5, 4 * 0.25 + 1, (1, 0, 0, 0)),
+            (dict(target="nearest", dice_squared=False), 0.5, 4 * 0.5 + 1, (1, 0, 0, 0))]:
+        dice = 1 - (2 * dot + 1) / (size + 1)
+        assert float(tiny(**flags).loss(logits, masks)) == pytest.approx(2 * math.log(2) + 0.5 * dice, abs=1e-6)
+        assert float(tiny(bce=0.0, dice=3.0, **flags).loss(logits, masks)) == pytest.approx(3 * dice, abs=1e-6)
+        some = torch.tensor([[[[1.0, 0.0], [0.0, -2.0]]]])       # bce is a mean over pixels
+        bce = sum(math.log(1 + math.exp(x)) - x * t for x, t in zip((1, 0, 0, -2), target)) / 4
+        assert float(tiny(dice=0.0, **flags).loss(some, masks)) == pytest.approx(2 * bce, abs=1e-6)
+
+
+def test_dice_is_least_where_the_prediction_equals_the_target():
+    """V-Net's is, also for the values between 0 and 1 of a mean over a cell; with sums it is not."""
+    masks = torch.zeros(1, 64, 64)
+    masks[:, 5:40, 9:30] = 1
+    for squared in True, False:
+        model = tiny(bce=0.0, dice=1.0, dice_squared=squared)
+        target = F.interpolate(masks[:, None], (32, 32), mode="area")
+        logits = target.clamp(1e-6, 1 - 1e-6).logit().requires_grad_()
+        loss = model.loss(logits, masks)
+        loss.backward()
+        assert (loss.item() < 1e-5 and logits.grad.abs().max() < 1e-6) == squared
+
+
+@pytest.mark.parametrize("target, least", [("area", 98.0), ("nearest", 0.0)])
+def test_what_the_loss_asks_for_comes_back_as_the_mask(target, least):
+    """Logits that minimise the loss, resized to the photograph as evaluation does it."""
+    model = tiny(target=target)
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    masks = torch.stack([(x - 20) ** 2 + (y - 30) ** 2 < 100, (x - 40).abs() + (y - 25).abs() < 15]).float()
+    logits = torch.zeros(2, 1, 32, 32, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.5)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model.loss(logits, masks).backward()
+        optimizer.step()
+    found = [evaluate.predicted_mask(data.from_canvas(one, (64, 64), model.preprocess), 0.5)
+             for one in logits.detach()[:, 0]]
+    ious = [float(100 * (m & t).sum() / (m | t).sum()) for m, t in zip(found, masks.bool())]
+    assert least <= min(ious) and (max(ious) < 95) == (target == "nearest"), ious
 
 
 # training
