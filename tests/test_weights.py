@@ -41,7 +41,8 @@ def unzipped(content):
 
 
 @pytest.mark.parametrize("content", [torch_bytes(STATE), torch_bytes(dict(model=STATE, epoch=3)), save(STATE),
-                                     torch_bytes(STATE, _use_new_zipfile_serialization=False)])
+                                     torch_bytes(STATE, _use_new_zipfile_serialization=False)],
+                         ids=["torch", "wrapped", "safetensors", "legacy"])
 @pytest.mark.parametrize("name", ["beit3_base_patch16_224.zip", "a.safetensors", "a.pth"])
 def test_the_content_decides_how_a_file_is_read(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
@@ -52,10 +53,18 @@ def test_the_content_decides_how_a_file_is_read(tmp_path, name, content):
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 99\n", "a git-lfs pointer. Run git lfs pull"),
     (b"\n<!DOCTYPE html><html>", "a web page. Download it again"), (b"", "empty. Download it again"),
     (zip_bytes({"beit3.pth": torch_bytes(STATE)}), "a zip archive without weights of PyTorch. Unpack it"),
-    (b"hello", "neither a safetensors nor a PyTorch file"), (torch_bytes(STATE)[:300], "not a zip file")])
+    (b"hello", "neither a safetensors nor a PyTorch file"), (torch_bytes(STATE)[:300], "not a zip file")],
+    ids=["git-lfs", "html", "empty", "zip", "text", "half"])
 def test_a_file_without_weights_is_said_to_be_what_it_is(tmp_path, content, message):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match=f"a.pth cannot be read as weights: .*{message}"):
+        weights.read_weights(str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("content", [{1: torch.zeros(2)}, {"a": 1}, torch.zeros(2), {"model": [torch.zeros(2)]}])
+def test_names_and_tensors_are_needed(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError, match="holds no state dict"):
         weights.read_weights(str(tmp_path / "a.pth"))
 
 
@@ -89,7 +98,8 @@ def false_sizes():
     (header(shape=[2**62, 8]), "overflow"), (header(shape=[2**40], data_offsets=[0, 2**42]), "not fully covered"),
     (bomb(), "many more than the file"), (false_sizes(), "many more than the file"),
     (torch_bytes({"a": torch.zeros(1).half().expand(10**6, 10**6)}), "a is not an ordinary tensor"),
-    (torch_bytes({"a": torch.zeros(3, device="meta")}), "a is not an ordinary tensor")])
+    (torch_bytes({"a": torch.zeros(3, device="meta")}), "a is not an ordinary tensor")],
+    ids=["header", "longer header", "overflow", "longer tensor", "bomb", "false sizes", "view", "meta"])
 def test_a_file_does_not_decide_how_much_memory_it_takes(tmp_path, content, message):
     (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match=message):

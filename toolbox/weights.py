@@ -112,7 +112,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     for wrapper in "state_dict", "model", "module":
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{path} holds no state dict (names and tensors).")
     wrong = [k for k, v in state.items() if v.layout != torch.strided or v.device.type != "cpu" or v.is_quantized
              or v.nbytes > v.untyped_storage().nbytes()]  # copying a view larger than its storage could fill the memory
