@@ -21,7 +21,6 @@ from common import Preprocess, Process, UserError, writing
 from data import Source, to_canvas
 
 
-
 class FeatureCache:
     """What a frozen encoder gives for each picture of a source, made once: cache[picture].
 
@@ -68,11 +67,14 @@ class FeatureCache:
         return self.kind(*(torch.from_numpy(np.array(row[n])) for n in self.data.dtype.names))
 
 
-def free_memory() -> int:
+def free_memory() -> float:
+    """In bytes; without a limit on a system that does not say."""
     with suppress(OSError, StopIteration):  # Linux counts what caches would give back
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf, macOS no such name
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return float("inf")
 
 
 def free_space(folder: Path) -> int:
