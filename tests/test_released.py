@@ -7,6 +7,7 @@ ALL_RELEASED=1 in the environment runs the largest of the five models too, which
 import json
 import os
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import open_clip
@@ -198,7 +199,10 @@ def test_a_mixed_model_and_fewer_stages():
             c, out = CONVERT[method]({k: torch.empty(s) for k, s in shapes.items()}, "mixed")
             model = method.Model(c)
         assert {k: v.shape for k, v in out.items()} == {k: v.shape for k, v in model.state_dict().items()}
-        assert common.count(model.parts()["adapter"]) == size and c.words == 22
+        assert common.count(model.parts()["adapter"]) == size and c == method.config(
+            c.backbone, c.variant, "mixed", **{f: getattr(c, f) for f in (
+                ("visual_layers", "text_layers", "visual_dim", "text_dim") if method is dcris else
+                ("bridger_stages", "bridger_dim"))})
 
 
 HEAD = {  # a tensor of theirs: the one of ours that it is; of these others have the same shape
@@ -272,14 +276,15 @@ def test_a_released_file_answers(released, tmp_path, capsys):
     model.requires_grad_(True)
     for p in model.parameters():
         p.grad = None
-    images = torch.randn(1, 3, 224, 224)  # smaller than theirs, which takes longer
+    g = torch.Generator().manual_seed(0)
+    images = torch.randn(1, 3, 224, 224, generator=g)  # smaller than theirs, which takes longer
     model(images, model.tokenize(["the left dog"])).square().mean().backward()
     still = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     unread = {"vision.embeddings.mask_token", "text.logit_scale"} if name.startswith("DETRIS") else {"clip.logit_scale"}
     assert still == unread
     for i in range(3):  # over one key the softmax is 1: two thirds of these are dead
         grad = model.neck.fusion[i].in_proj_weight.grad
-        assert grad[:1024].abs().max() < 1e-6 * grad[1024:].abs().max()
+        assert grad[:1024].abs().max() < 1e-4 * grad[1024:].abs().max()  # differences of equal sums, rounded
     photo = np.random.default_rng(0).integers(0, 255, (60, 81, 3)).astype(np.uint8)
     Image.fromarray(photo).save(tmp_path / "a.png")
     evaluate.main(["--ckpt", file, "--image", str(tmp_path / "a.png"), "--text", "left dog", "--threshold", "0.001",
@@ -331,22 +336,34 @@ def test_without_a_network_one_sentence_says_how_to_fetch_it(monkeypatch):
         evaluate.load_run("hf:thuteam/DETRIS/a.pth", None, common.start(device="cpu"))
 
 
-@pytest.mark.parametrize("path, dataset, words", [
-    ("base/refcoco.pth", None, (17, 17)), ("refcocog_u/best_model.pth", None, (22, 22)), ("a.pth", "refcocog_umd", (22, 22)),
-    ("refcocog_g/best_model.pth", "refcoco", (17, 22)), ("large_mix.pth", None, (22, 22)), ("gref_umd.pth", None, (22, 22)),
-    ("refcoco+.pth", "refcocog_umd", (17, 17))])
-def test_words_follow_what_the_path_says(path, dataset, words, tmp_path, monkeypatch):
-    """What the model was trained on, and else what it is measured on."""
+@pytest.mark.parametrize("path, dataset, trained", [
+    ("base/refcoco.pth", None, "refcoco"), ("refcocog_u/best_model.pth", None, "refcocog_umd"), ("a.pth", None, "refcoco"),
+    ("a.pth", "refcocog_umd", "refcocog_umd"), ("refcocog_g/best_model.pth", None, "refcocog_google"),
+    ("refcocog_g/best_model.pth", "refcoco", "refcoco"), ("refcoco+.pth", "refcocog_umd", "refcocog_umd"),
+    ("large_mix.pth", None, "mixed"), ("large_mix.pth", "refcocog_umd", "mixed"), ("gref_umd.pth", None, "refcocog_umd"),
+    ("refcoco+_best.pth", None, "refcoco+"), ("Google Drive/refcoco/a.pth", None, "refcoco"),
+    ("Google Drive/a.pth", "refcoco", "refcoco"), ("Google Drive/a.pth", None, "refcoco"), ("mixer/a.pth", None, "refcoco"),
+    ("refcocog/refcoco/best/a.pth", None, "refcoco"), ("umd-plus/a.pth", None, "refcoco")])
+def test_what_a_released_file_was_trained_on(path, dataset, trained, tmp_path, monkeypatch):
+    """What the user says, or else whole words in the names of the file and of its own folder."""
     (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
     torch.save({"a": torch.zeros(3)}, tmp_path / path)
     found = []
-    for name, method in dict(from_detris=dcris, from_etris=etris).items():
-        monkeypatch.setattr(f"toolbox.released.{name}", lambda state, name, method=method: found.append(
-            method.config(dataset=name).words))
-    monkeypatch.chdir(tmp_path)  # whose own path is none of theirs
-    with pytest.raises(UserError):
-        evaluate.load_run(path, None, common.start(device="cpu"), dataset)
-    assert found == list(words)
+    for name in "from_detris", "from_etris":
+        monkeypatch.setattr(f"toolbox.released.{name}", lambda state, name: found.append(name))
+    monkeypatch.chdir((tmp_path / path).parent)  # the folder counts where it is not spelt out too
+    for file in str(tmp_path / path), Path(path).name:
+        with pytest.raises(UserError, match="is neither"):
+            evaluate.load_run(file, None, common.start(device="cpu"), dataset)
+    assert found == [trained] * 4
+
+
+def test_what_is_no_checkpoint_at_all(tmp_path):
+    for content, message in [("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+                             ("\n<!DOCTYPE html><title>Download</title>", "is a web page")]:
+        (tmp_path / "a.pth").write_text(content)
+        with pytest.raises(UserError, match=message):
+            evaluate.main(["--ckpt", str(tmp_path / "a.pth")])
 
 
 @pytest.mark.parametrize("size", [(60, 81), (500, 333), (448, 448), (1, 50)])

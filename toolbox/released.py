@@ -1,4 +1,5 @@
-"""The checkpoints of DETRIS's and ETRIS's authors, and their way to bring pictures to the canvas and masks back."""
+"""The checkpoints of DETRIS's and ETRIS's authors; how their code, and TransVG's and M2IST's, brings pictures to the
+canvas and answers back."""
 
 from __future__ import annotations
 
@@ -15,7 +16,6 @@ from torch import Tensor
 import common
 from common import Preprocess, Process, UserError
 from toolbox.weights import dinov2_state, fetch, load_exactly, read_weights, renamed
-
 
 
 def warped(image: np.ndarray, pre: Preprocess) -> Tensor:
@@ -42,23 +42,54 @@ def unwarped(probability: Tensor, size: tuple[int, int], pre: Preprocess) -> Ten
     return F.grid_sample(x, at, mode="bicubic", padding_mode="zeros", align_corners=True)[0, 0]
 
 
+def cut_at_canvas(box: Tensor) -> Tensor:
+    """Centre x, centre y, width, height in sides of the canvas (4,) -> the same, its corners clamped to 0..1 as in
+    TransVG and M2IST: padding counts as photograph."""
+    low, high = (box[:2] - box[2:] / 2).clamp(0, 1), (box[:2] + box[2:] / 2).clamp(0, 1)
+    return torch.cat([(low + high) / 2, high - low])
+
+
+def whole_pixels(box: tuple[float, float, float, float]) -> tuple[int, int, int, int]:
+    """An annotation's x1, y1, x2, y2 as TransVG and M2IST read it: left, top, width and height cut to whole pixels."""
+    x, y, w, h = (int(v + 1e-6) for v in (box[0], box[1], box[2] - box[0], box[3] - box[1]))
+    return x, y, x + w, y + h
+
+
+# Checkpoints
+
+
 def is_released(ckpt: str) -> bool:
     """Whether --ckpt names a file that torch.save wrote, as the methods' authors did; ours are safetensors."""
     if ckpt.startswith("hf:") or not os.path.isfile(ckpt):
         return ckpt.startswith("hf:")
     with open(ckpt, "rb") as f:
-        return f.read(2) in (b"PK", b"\x80\x02", b"\x80\x04")
+        head = f.read(20)
+    if head == b"version https://git-":
+        raise UserError(f"{ckpt} is git-lfs's pointer to a file, not the file; git lfs pull in its folder fetches it.")
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        raise UserError(f"{ckpt} is a web page, not a checkpoint; the download went to a page about the file.")
+    return head.startswith((b"PK", b"\x80\x02", b"\x80\x04"))
 
 
-TRAINED_ON = {"mix": "mixed", "refcocog_g|google": "refcocog_google", "cocog|gref|umd": "refcocog_umd",
-              r"coco\+|refcocop|plus": "refcoco+"}  # what the path of a released file says
+TRAINED_ON = {  # words of a file's name, or of its folder's -> what such a file was trained on
+    "mixed": "mix(ed)?", "refcocog_google": "(refcocog|gref)[_ -]?(g|google)",
+    "refcocog_umd": "(refcocog|gref)[_ -]?(u|umd)?", "refcoco+": r"refcoco(\+|[_ -]?p(lus)?)", "refcoco": "refcoco"}
+
+
+def trained_on(ckpt: str) -> str | None:
+    """What the names of a released file and of its own folder say that it was trained on; None where they do not."""
+    path = ckpt if ckpt.startswith("hf:") else os.path.abspath(ckpt)
+    names = "/".join(path.lower().replace(os.sep, "/").split("/")[-2:])
+    return next((dataset for dataset, words in TRAINED_ON.items()
+                 if re.search(rf"(?<![a-z0-9])({words})(?![a-z0-9+])", names)), None)
 
 
 def load_released(ckpt: str, dataset: str | None, process: Process) -> tuple[torch.nn.Module, dict]:
     """(model in eval mode, what load_run says of one) for a checkpoint that DETRIS's or ETRIS's authors released, or
     hf:OWNER/REPOSITORY/FILE on the Hugging Face hub. Raises UserError for any other file.
 
-    The data set it was trained on, by its path or else `dataset`, tells how many words it reads.
+    The data set that it was trained on tells how many words it reads: `dataset`, or else what trained_on() guesses. A
+    mixture holds whatever it is measured on, so `dataset` does not contradict it.
     """
     file = ckpt
     if ckpt.startswith("hf:"):
@@ -67,10 +98,11 @@ def load_released(ckpt: str, dataset: str | None, process: Process) -> tuple[tor
             raise UserError(f"--ckpt {ckpt}: hf:OWNER/REPOSITORY/FILE is needed, as hf:thuteam/DETRIS/FILE.")
         file = fetch(f"{owner}/{repo}", name, "--ckpt takes the file itself")
     state = read_weights(file)
-    trained = next((name for pattern, name in TRAINED_ON.items() if re.search(pattern, ckpt.lower())), dataset)
+    guess = trained_on(ckpt)
+    trained = guess if guess == "mixed" else dataset or guess or "refcoco"
     for name, convert in dict(dcris=from_detris, etris=from_etris).items():
         try:
-            found = convert(state, trained or "refcoco")
+            found = convert(state, trained)
         except (UserError, LookupError, TypeError, ValueError) as e:
             raise UserError(f"{ckpt} is not whole, or not as the authors of {name} released it: "
                             f"{common.first_line(e)}.") from None
@@ -80,7 +112,10 @@ def load_released(ckpt: str, dataset: str | None, process: Process) -> tuple[tor
             load_exactly(model, state, file, f"the released {method.Model.__name__} with {c.backbone}")
             model.preprocess = replace(model.preprocess, fit="warp")
             process.print(f"{ckpt}: released weights of {name} ({c.variant}), {c.backbone}, {c.image_size} pixels, "
-                        f"{c.words} tokens")
+                          f"{c.words} tokens, as for {trained}")
+            if guess not in (None, trained):
+                process.print(f"note: its name says {guess}, --dataset {dataset}; it reads as many tokens as for "
+                              f"{dataset}")
             return model.to(process.device).eval(), dict(
                 method=name, config=dataclasses.asdict(c), dataset=None, data_root=None, seed=0, weights=ckpt)
     raise UserError(f"{ckpt} is neither a run of train.py (of which a folder or its model.safetensors is wanted) nor a "
