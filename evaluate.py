@@ -19,13 +19,12 @@ import itertools
 import math
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
@@ -33,15 +32,14 @@ import common
 import data
 from common import METHODS, Parser, Process, UserError, load_method, one_of
 from toolbox import draw
-from toolbox.released import is_released, load_released, unwarped
+from toolbox.released import cut_at_canvas, is_released, load_released, unwarped, whole_pixels
 from toolbox.weights import leak
 
 SIZES = 0, 1, 2, 5, 10, 20, 50, 100  # of objects, in per cent of the photograph
 PROTOCOLS = {
-    "default": "every sentence; logits resized to the photograph (bilinear), boxes cut at its border",
-    "released": "every sentence; as the authors' code, probabilities are resized twice (bicubic, with align_corners, "
-                "then an affine map) and boxes not cut",
-    "released-val": "as their code while it trains: as released, and of each object only the first sentence",
+    "default": "logits are resized to the photograph, boxes cut at its border",
+    "released": "as the authors' code: masks by its own letterbox and way back, boxes cut at the canvas's border",
+    "released-val": "as their code while it trains: as released, and for masks only the first sentence of an object",
 }
 MAIN_METRIC = dict(mask="mIoU", box="Acc@0.5")  # what the best step is chosen by
 
@@ -92,30 +90,44 @@ def others_sentences(sentences: list[str], seed: int = 0) -> list[str]:
     return out
 
 
+def protocol_of(model) -> str:
+    """The protocol of a model unless --protocol is given: that of the code whose letterbox it was trained with."""
+    return "released" if model.preprocess.fit == "warp" else "default"
+
+
+def with_protocol(pre: common.Preprocess, protocol: str) -> common.Preprocess:
+    """How pictures come to the canvas: a letterbox that the released code makes in its own way."""
+    if pre.fit not in ("letterbox", "warp") or pre.pad_channel:
+        return pre
+    return replace(pre, fit="letterbox" if protocol == "default" else "warp")
+
+
+def expressions(model, source, protocol: str, most: int | None = None,
+                shuffle_text: bool = False) -> tuple[data.EvalSet, list[str]]:
+    """What a protocol counts of a split, or the first `most` of it, and the sentence that each is asked with."""
+    first = protocol == "released-val" and model.task == "mask"  # M2IST's code validates on every sentence
+    items = data.EvalSet(source, with_protocol(model.preprocess, protocol), most, first)
+    sentences = items.sentences()
+    return items, others_sentences(sentences) if shuffle_text else sentences
+
+
 @torch.no_grad()
 def evaluate_split(model, source, process: Process, batch_size: int = 16, workers: int = 0, shuffle_text: bool = False,
-                   most: int | None = None, share: bool = True, by_size: bool = False, intervals: bool = False,
-                   protocol: str = "default", stop: common.StopSignal | None = None,
-                   details: list | None = None) -> dict:
+                   most: int | None = None, by_size: bool = False, intervals: bool = False, protocol: str | None = None,
+                   stop: common.StopSignal | None = None, details: list | None = None) -> dict:
     """Metrics of a split (see common.mask_metrics and box_metrics), or of its first `most` sentences; with `by_size`
     also a list of them, for objects of so much of the photograph's area (of whose boxes, where the answer is a box).
 
-    They are the same on every process, for any number of processes, and with and without `share`: whether a picture is
-    encoded once for all its sentences, where a method can. With `intervals` their 95 % bootstrap intervals are among
-    them. `protocol`: see PROTOCOLS. Empty where a signal came (`stop`) on any process. `details` gets what they
-    are made of: (number, (intersection, union) or IoU, size) of each expression.
+    They are the same on every process, and for any number of processes. With `intervals` their 95 % bootstrap intervals
+    are among them. `protocol`: see PROTOCOLS; None for the model's own. Empty where a signal came (`stop`) on any
+    process. `details` gets what they are made of: (number, (intersection, union) or IoU, size) of each expression.
     """
-    pre = with_protocol(model.preprocess, protocol)
-    items = data.EvalSet(source, pre, most, first=protocol == "released-val")
-    sentences = items.sentences()
-    if shuffle_text:
-        sentences = others_sentences(sentences)
+    protocol = protocol or protocol_of(model)
+    items, sentences = expressions(model, source, protocol, most, shuffle_text)
     was_training = model.training
     model.eval()
-    if hasattr(model, "image_features"):
-        rows = answers_by_picture(model, items, sentences, process, batch_size, workers, share, protocol)
-    else:
-        rows = answers(model, items, sentences, process, batch_size, workers, protocol)
+    answer = answers_by_picture if hasattr(model, "image_features") else answers
+    rows = answer(model, items, sentences, process, batch_size, workers, protocol)
     mine = list(itertools.takewhile(lambda _: stop is None or not stop.number, rows))
     gathered = process.gather((mine, stop is not None and stop.number))
     model.train(was_training)
@@ -139,145 +151,135 @@ def evaluate_split(model, source, process: Process, batch_size: int = 16, worker
     return result
 
 
-def with_protocol(pre: common.Preprocess, protocol: str) -> common.Preprocess:
-    """How pictures come to the canvas: a letterbox that the released code makes in its own way."""
-    if pre.fit not in ("letterbox", "warp") or pre.pad_channel:
-        return pre
-    return replace(pre, fit="letterbox" if protocol == "default" else "warp")
-
-
-def progress(loader: DataLoader, items: data.EvalSet, process: Process):
-    return tqdm(loader, desc=items.source.split, leave=False, disable=not process.is_main or not sys.stderr.isatty())
+def batches(items, batch_size: int | None, workers: int, process: Process, collate=None):
+    """Batches, or single items, with a bar of progress. The generator of its own leaves the global one, from which
+    training draws its dropout, as it was."""
+    loader = DataLoader(items, batch_size, collate_fn=collate, num_workers=workers, generator=torch.Generator())
+    return tqdm(loader, leave=False, disable=not process.is_main or not sys.stderr.isatty())
 
 
 def answers(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int, workers: int,
             protocol: str):
     """(number, (intersection, union), size) of this process's share of the expressions."""
     # whole batches are dealt out, so that a batch is the same whoever computes it
-    batches = [range(b, min(b + batch_size, len(items))) for b in range(0, len(items), batch_size)]
-    mine = [k for b in batches[process.rank::process.world_size] for k in b]
-    loader = DataLoader(Subset(items, mine), batch_size, collate_fn=data.collate, num_workers=workers)
-    for batch in progress(loader, items, process):
+    every = [range(b, min(b + batch_size, len(items))) for b in range(0, len(items), batch_size)]
+    mine = [k for b in every[process.rank::process.world_size] for k in b]
+    for batch in batches(Subset(items, mine), batch_size, workers, process, data.collate):
         tokens = model.tokenize([sentences[k] for k in batch["index"]])
-        logits = model(batch["image"].to(process.device), tokens.to(process.device))
-        for k, one, truth in zip(batch["index"], logits.float().cpu(), batch["truth"]):
-            if protocol == "default":
-                mask = predicted_mask(data.from_canvas(one[0], truth.shape, model.preprocess), model.c.threshold)
-            else:
-                mask = unwarped(one[0].sigmoid(), truth.shape, model.preprocess) > model.c.threshold
+        logits = model(batch["image"].to(process.device), tokens.to(process.device)).float().cpu()
+        for k, one, truth in zip(batch["index"], logits, batch["truth"]):
+            mask, _ = mask_on_photograph(one[0], truth.shape, model, model.c.threshold, protocol)
             yield k, common.intersection_union(mask, truth), 100 * int(truth.sum()) / truth.numel()
 
 
 def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process: Process, batch_size: int,
-                       workers: int, share: bool, protocol: str):
-    """(number, IoU of boxes, size) of this process's share of the pictures. Each is encoded alone, once or for each of
-    its sentences, so that the figures are the same to the last bit."""
+                       workers: int, protocol: str):
+    """(number, IoU of boxes, size) of this process's share of the pictures. Each is encoded once for all its sentences,
+    and alone, so that the figures depend neither on the number of processes nor on what else is in the split."""
     pictures = data.PictureSet(items)
     mine = Subset(pictures, range(process.rank, len(pictures), process.world_size))
-    for p in progress(DataLoader(mine, None, num_workers=workers), items, process):
-        image = p["image"][None].to(process.device)
-        features = model.image_features(image) if share else None
+    for p in batches(mine, None, workers, process):
+        features = model.image_features(p["image"][None].to(process.device))
         for b in range(0, len(p["index"]), batch_size):
             some = p["index"][b:b + batch_size]
             tokens = model.tokenize([sentences[k] for k in some]).to(process.device)
-            if share:
-                vision = features.repeat(len(some))
-            else:
-                each = [model.image_features(image) for _ in some]
-                vision = type(each[0])(*map(torch.cat, zip(*each)))
-            boxes = model(vision, tokens).float().cpu()
+            boxes = model(features.repeat(len(some)), tokens).float().cpu()
             for k, box, truth in zip(some, boxes, p["boxes"][b:b + batch_size]):
                 (x1, y1, x2, y2), (height, width) = truth, p["size"]
                 size = 100 * (x2 - x1) * (y2 - y1) / (height * width)
-                box = data.box_from_canvas(box, p["size"], model.preprocess, cut=protocol == "default")
-                yield k, common.box_iou(box, truth), size
+                if protocol != "default":
+                    truth = whole_pixels(truth)
+                yield k, common.box_iou(box_on_photograph(box, p["size"], model, protocol), truth), size
 
 
-def predicted_mask(logits: torch.Tensor, threshold: float) -> torch.Tensor:
+def mask_on_photograph(logits: Tensor, size: tuple[int, int], model, threshold: float,
+                       protocol: str) -> tuple[Tensor, Tensor]:
+    """Logits (h, w) over the canvas -> (mask, probability), both (H, W)."""
+    if protocol == "default":
+        logits = data.from_canvas(logits, size, model.preprocess)
+        return predicted_mask(logits, threshold), logits.sigmoid()
+    probability = unwarped(logits.sigmoid(), size, model.preprocess)
+    return probability > threshold, probability
+
+
+def predicted_mask(logits: Tensor, threshold: float) -> Tensor:
     """Logits (H, W) on the photograph -> bool (H, W): sigmoid > threshold, strictly."""
     return logits > math.log(threshold / (1 - threshold))
 
 
-def measure_split(model, source, process: Process, args: argparse.Namespace, details: list | None = None) -> dict:
-    """Metrics, and with --share compare the seconds that they take either way."""
-    if args.share != "on" and not hasattr(model, "image_features"):
-        raise UserError(f"--share {args.share}: this method reads pictures together with the sentence, each time.")
-    if args.share == "compare":  # a first batch, which takes longer, is not timed
-        evaluate_split(model, source, process, args.batch_size, args.workers, most=args.batch_size)
-    took = {}
-    for share in dict(on=[True], off=[False], compare=[False, True])[args.share]:
-        if details is not None:
-            details.clear()
-        begin = time.perf_counter()
-        row = evaluate_split(model, source, process, args.batch_size, args.workers, args.shuffle_text, share=share,
-                             by_size=args.by_size, intervals=True, protocol=args.protocol, details=details)
-        took[share] = time.perf_counter() - begin, row
-    if len(took) == 2:
-        (apart, other), (once, row) = took[False], took[True]
-        same = "the same figures" if row == other else f"other figures, {other} and {row}"
-        pictures = len({source.picture(i) for i in range(len(source))})
-        process.print(f"{source.split}: {row['n']} sentences about {pictures} pictures took {apart:.1f} s with a picture "
-                    f"encoded for each sentence, and {once:.1f} s with each encoded once: {apart / once:.2f} times as "
-                    f"fast, and {same}")
-    return row
+def box_on_photograph(box: Tensor, size: tuple[int, int], model, protocol: str) -> tuple[float, float, float, float]:
+    """(4,) in sides of the canvas -> x1, y1, x2, y2 in the photograph's pixels."""
+    if protocol == "default":
+        return data.box_from_canvas(box, size, model.preprocess)
+    return data.box_from_canvas(cut_at_canvas(box), size, model.preprocess, cut=False)
 
 
 def measure(args: argparse.Namespace, process: Process) -> None:
-    if args.report:
-        process.on_main(lambda: common.check_place(args.report))
+    """Metrics of a split, or of all, as a table, as JSON and, where asked for, as a sheet and a page."""
+    for file in {args.report, args.draw, args.json} - {None, "-"}:  # known before hours of measuring
+        process.on_main(lambda: common.check_place(file))
+    if args.draw:
+        draw.picture_format(args.draw, "--draw")
     model, info = load_run(args.ckpt, args.weights, process, args.dataset)
-    name = args.dataset or info["dataset"]
+    name, protocol = args.dataset or info["dataset"], args.protocol or protocol_of(model)
     if name is None:
         raise UserError(f"{args.ckpt}: a released checkpoint does not say what to measure it on; give --dataset and "
                         "--data-root.")
-    root = args.data_root or info["data_root"]
+    if protocol != "default" and info["method"] == "shared_ris":
+        raise UserError(f"--protocol {protocol}: the authors of {info['method']} released no code.")
     splits = [args.split]
     if args.split == "all":
         splits = [s for s in data.SPLITS.get(name, ("val",)) if s != "train"]
-    if args.protocol != "default" and info["method"] == "shared_ris":
-        raise UserError(f"--protocol {args.protocol}: the authors of {info['method']} released no code.")
-    rows, sources = [], [data.open_dataset(name, split, root, info["seed"]) for split in splits]
-    origin = common.origin(args.weights) if args.weights else info.get("origin", info["weights"])
-    warning = leak(info["method"], origin, name)
-    if warning:
-        process.print(warning)
-    if info["dataset"] is None:
-        process.print(f"note: {args.ckpt} does not say what it was trained on; where that was another data set, or "
-                    f"several, it may have seen photographs of {name}'s val and test splits")
-    trained = data.MIXED if info["dataset"] == "mixed" else (info["dataset"] or name,)
-    coco = [n for n in data.SPLITS if n.startswith("refcoco")]
-    if name in coco and set(trained) & set(coco) and name not in trained:
-        process.print(f"note: the model was trained on {info['dataset']}, whose train split may show photographs of "
-                    f"{name}'s val and test splits; mixed leaves out those of {', '.join(data.MIXED)}")
-    details = [[] if args.report and n == 0 else None for n in range(len(splits))]  # of the first split alone
-    for split, source, parts in zip(splits, sources, details):
-        about = dict(method=info["method"], backbone=info["config"]["backbone"], dataset=name, split=split,
-                     protocol=args.protocol)
-        if args.shuffle_text:
-            about["text"] = "shuffled"
-        row = measure_split(model, source, process, args, parts)
-        rows.append(about | row | (dict(leak=warning) if warning else {}))
+    sources = [data.open_dataset(name, s, args.data_root or info["data_root"], info["seed"]) for s in splits]
+    warning = leak(info["method"], common.origin(args.weights) if args.weights else
+                   info.get("origin", info["weights"]), name)
+    for note in filter(None, (warning, overlap(args.ckpt, info["dataset"], name))):
+        process.print(note)
+    rows, details = [], []  # details of the first split alone
+    for source in sources:
+        row = dict(method=info["method"], backbone=info["config"]["backbone"], dataset=name, split=source.split,
+                   protocol=protocol) | (dict(text="shuffled") if args.shuffle_text else {})
+        row |= evaluate_split(model, source, process, args.batch_size, args.workers, args.shuffle_text,
+                              by_size=args.by_size, intervals=True, protocol=protocol,
+                              details=None if rows else details)
+        rows.append(row | (dict(leak=warning) if warning else {}))
     if process.is_main:
-        if args.json != "-":
-            common.print_table([{k: v for k, v in row.items() if k != "by_size"} for row in rows])
-            for row in rows if args.by_size else ():
-                print(f"\n{row['split']}, by the object's share of the photograph" +
-                      (" (its box's)" if model.task == "box" else ""))
-                common.print_table(row["by_size"])
-        common.write_result(args.json, rows if args.split == "all" else rows[0])
-        if args.draw:
-            draw_examples(args.draw, model, sources[0], args.draw_count, protocol=args.protocol)
-        if args.report:
-            from toolbox.report import write_report
+        write_results(args, model, info, sources[0], rows, details)
 
-            write_report(args, model, info, sources[0], rows, details[0])
+
+def write_results(args: argparse.Namespace, model, info: dict, source, rows: list[dict], details: list) -> None:
+    """`source` and `details`: of the first split, which is drawn and reported."""
+    if args.json != "-":
+        common.print_table([{k: v for k, v in row.items() if k != "by_size"} for row in rows])
+        for row in rows if args.by_size else ():
+            print(f"\n{row['split']}, by the object's share of the photograph" +
+                  (" (its box's)" if model.task == "box" else ""))
+            common.print_table(row["by_size"])
+    common.write_result(args.json, rows if args.split == "all" else rows[0])
+    if args.draw:
+        draw_examples(args.draw, model, source, args.draw_count, protocol=rows[0]["protocol"])
+    if args.report:
+        from toolbox.report import write_report
+
+        write_report(args, model, info, source, rows, details)
+
+
+def overlap(ckpt: str, trained: str | None, name: str) -> str:
+    """A note where a model may have been trained on photographs of a data set's val and test splits, or ""."""
+    if trained is None:
+        return (f"note: {ckpt} does not say what it was trained on; where that was another data set, or several, it "
+                f"may have seen photographs of {name}'s val and test splits")
+    seen = data.MIXED if trained == "mixed" else (trained,)
+    if name not in seen and name.startswith("refcoco") and any(s.startswith("refcoco") for s in seen):
+        return (f"note: the model was trained on {trained}, whose train split may show photographs of {name}'s val and "
+                f"test splits; mixed leaves out those of {', '.join(data.MIXED)}")
+    return ""
 
 
 @torch.no_grad()
-def draw_examples(file: str, model, source, count: int, most: int | None = None, protocol: str = "") -> None:
+def draw_examples(file: str, model, source, count: int, most: int | None = None, protocol: str | None = None) -> None:
     """A sheet of `count` expressions spread over a split or its first `most`: prediction above truth, sentence, IoU."""
-    items, pictures = data.EvalSet(source, model.preprocess, most), []
-    sentences = items.sentences()
+    (items, sentences), pictures = expressions(model, source, protocol or protocol_of(model), most), []
     for k in np.linspace(0, len(items) - 1, min(count, len(items))).astype(int):
         sentence, record = sentences[k], items.record(int(k))
         answer = ask(model, record.image, sentence, protocol=protocol)
@@ -292,93 +294,48 @@ def draw_examples(file: str, model, source, count: int, most: int | None = None,
         for picture in pair:
             picture.thumbnail((480, 480))
         pictures.append(draw.grid(pair, columns=1))
-    with common.writing(file) as temporary:
-        draw.grid(pictures, columns=6).save(temporary, format="PNG")
+    draw.save(draw.grid(pictures, columns=6), file)
 
 
 @torch.no_grad()
-def ask(model, image: np.ndarray, sentence: str, threshold: float | None = None, protocol: str = "") -> dict:
+def ask(model, image: np.ndarray, sentence: str, threshold: float | None = None, protocol: str | None = None) -> dict:
     """What a model says of one picture (H, W, 3) and one sentence: its box in pixels, or its mask (H, W) with
-    threshold, area, the box around it (None for an empty one) and mean confidence. `protocol`: see PROTOCOLS; that of a
-    released model is "released", if it is not given."""
-    device = next(model.parameters()).device
-    protocol = protocol or ("released" if model.preprocess.fit == "warp" else "default")
-    pre, default = with_protocol(model.preprocess, protocol), protocol == "default"
-    output = model(data.to_canvas(image, pre)[None].to(device), model.tokenize([sentence]).to(device))[0].float().cpu()
+    threshold, area, the box around it (None for an empty one) and mean confidence. `protocol`: see evaluate_split."""
+    device, protocol = next(model.parameters()).device, protocol or protocol_of(model)
+    canvas = data.to_canvas(image, with_protocol(model.preprocess, protocol))[None]
+    output = model(canvas.to(device), model.tokenize([sentence]).to(device))[0].float().cpu()
     if model.task == "box":
-        return dict(box=[round(v, 2) for v in data.box_from_canvas(output, image.shape[:2], pre, cut=default)])
+        return dict(box=[round(v, 2) for v in box_on_photograph(output, image.shape[:2], model, protocol)])
     threshold = model.c.threshold if threshold is None else threshold
-    if default:
-        logits = data.from_canvas(output[0], image.shape[:2], pre)
-        mask, probability = predicted_mask(logits, threshold).numpy(), logits.sigmoid().numpy()
-    else:
-        probability = unwarped(output[0].sigmoid(), image.shape[:2], pre).numpy()
-        mask = probability > threshold
+    mask, probability = (x.numpy() for x in mask_on_photograph(output[0], image.shape[:2], model, threshold, protocol))
     return dict(mask=mask, area=int(mask.sum()), box=[int(v) for v in data.box_of(mask)] if mask.any() else None,
                 confidence=round(float(probability[mask].mean()), 4) if mask.any() else None, threshold=threshold)
 
 
-@torch.no_grad()
-def attention(model, image: np.ndarray, sentence: str) -> dict[str, np.ndarray]:
-    """What a model looks at in a picture (H, W, 3) for a sentence: maps (H, W) by their names."""
-    device, pre = next(model.parameters()).device, model.preprocess
-    maps = draw.attention_maps(model, data.to_canvas(image, pre)[None].to(device),
-                               model.tokenize([sentence]).to(device))
-    return {name: data.from_canvas(m[0].float().cpu(), image.shape[:2], pre).numpy() for name, m in maps.items()}
-
-
 def predict(args: argparse.Namespace, process: Process) -> None:
-    """One picture and one sentence, or several."""
+    """One picture and one sentence, or several. Where no file is named, the picture goes to the current folder."""
     sentences = [data.check_sentence(text) for text in args.text]
     image = data.read_image(args.image)
-    for name, flag in (args.out, "--out"), (args.attention, "--attention"):
-        if name:
-            picture_format(Path(name), flag)
+    for flag, formats in ("out", ("PNG", "JPEG", "WEBP")), ("attention", ("PNG", "JPEG", "WEBP")), ("mask", ("PNG",)):
+        if getattr(args, flag):
+            draw.picture_format(getattr(args, flag), f"--{flag}", formats)
     model, info = load_run(args.ckpt, args.weights, process, args.dataset)
     if model.task == "box" and (args.mask or args.threshold is not None):
         raise UserError(f"--{'mask' if args.mask else 'threshold'}: {info['method']} answers with a box, not a mask.")
     answers = [ask(model, image, sentence, args.threshold) for sentence in sentences]
-    out = Path(args.out or Path(args.image).stem + "_" + info["method"] + ".png")
     if args.attention:
-        maps, file = attention(model, image, sentences[0]), Path(args.attention)
-        with common.writing(file) as temporary:
-            picture = draw.heat_sheet(image, maps, answers[0][model.task], sentences[0])
-            picture.save(temporary, format=picture_format(file, "--attention"))
-    said = write_answers(image, answers, sentences, out, Path(args.mask or out.with_name(out.stem + "_mask.png")))
+        from toolbox.attention import attention_sheet
+
+        draw.save(attention_sheet(model, image, sentences[0], answers[0][model.task]), args.attention)
+    out = args.out
+    if not (args.out or args.mask or args.attention):
+        out = f"{Path(args.image).stem}_{info['method']}.png"
+    said = draw.draw_answers(image, answers, sentences, out, args.mask)
     if args.json != "-":
-        print(*said, f"Drawn: {out}", sep="\n")
-    about = dict(image=args.image, width=image.shape[1], height=image.shape[0], overlay=str(out), method=info["method"])
+        print(*said, *(f"Drawn: {file}" for file in (out, args.attention) if file), sep="\n")
+    about = dict(image=args.image, width=image.shape[1], height=image.shape[0], overlay=out, method=info["method"])
     results = [dict(text=sentence) | answer for sentence, answer in zip(sentences, answers)]
     common.write_result(args.json, about | (results[0] if len(results) == 1 else dict(answers=results)))
-
-
-def write_answers(image: np.ndarray, answers: list[dict], sentences: list[str], out: Path, mask: Path) -> list[str]:
-    """Draws what ask() gave, together, and each mask alone, whose file then stands for it. -> what was found, a line
-    for each sentence"""
-    with common.writing(out) as temporary:
-        picture = draw.overlay(image, [answer.get("mask", answer["box"]) for answer in answers], sentences)
-        picture.save(temporary, format=picture_format(out))
-    said = []
-    for n, (sentence, answer) in enumerate(zip(sentences, answers), 1):
-        found = f"box {answer['box']}" if answer["box"] else "nothing"
-        if "mask" in answer:
-            file = str(mask if len(answers) == 1 else mask.with_name(f"{mask.stem}_{n}{mask.suffix}"))
-            with common.writing(file) as temporary:
-                Image.fromarray(answer["mask"].astype(np.uint8) * 255).save(temporary, format="PNG")
-            answer["mask"] = file
-            if answer["box"]:
-                found = f"{answer['area']} pixels, {found}, mean confidence {answer['confidence']}"
-            found += f", mask: {file}"
-        said.append(f"{sentence!r}: {found}.")
-    return said
-
-
-def picture_format(path: Path, flag: str = "--out") -> str:
-    """The format that a file name asks for. Raises UserError for a name Pillow cannot write."""
-    name = Image.registered_extensions().get(path.suffix.lower())
-    if name not in ("PNG", "JPEG", "WEBP"):
-        raise UserError(f"{flag} {path}: a name that ends in .png, .jpg or .webp is needed.")
-    return name
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -386,22 +343,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--ckpt", metavar="RUN", required=True, help="a run folder or a checkpoint file of train.py, a "
                    "checkpoint of DETRIS's or ETRIS's authors, or hf:OWNER/REPOSITORY/FILE on the Hugging Face hub")
     p.add_argument("--weights", help="towers, if they lie elsewhere than when the run was trained")
-    p.add_argument("--device", default="auto", **one_of("auto", "cuda", "cpu"))
+    p.add_argument("--device", default="auto", **one_of("auto", "cuda", "mps", "cpu"))
     p.add_argument("--json", metavar="FILE", help="- for standard output, and then nothing else goes there")
     p.add_argument("--dataset", help=f"default: the run's; one of {', '.join(data.DATASETS)}")
     p.add_argument("--data-root", help="folder of a REFER data set; default: the run's")
     split = p.add_argument_group("metrics of a split")
-    split.add_argument("--split", default="val", help="val (the default), testA, testB, test, train, or all (but train)")
+    split.add_argument("--split", default="val", help="val (default), testA, testB, test, train, or all (but train)")
     split.add_argument("--shuffle-text", action="store_true", help="give each picture another's sentence")
-    split.add_argument("--protocol", default="default", **one_of(*PROTOCOLS),
-                       help="; ".join(f"{name}: {what}" for name, what in PROTOCOLS.items()))
+    split.add_argument("--protocol", **one_of(*PROTOCOLS), help="; ".join(f"{k}: {v}" for k, v in PROTOCOLS.items()) +
+                       " (default: default, or released for a model that was trained so)")
     split.add_argument("--by-size", action="store_true", help="also by the object's share of the photograph")
-    split.add_argument("--share", default="on", **one_of("on", "off", "compare"),
-                       help="boxes: encode a picture once for all its sentences (on), for each (off), or time both")
     split.add_argument("--batch-size", type=int, default=16)
     split.add_argument("--workers", type=int, default=0, help="processes that read data")
     split.add_argument("--report", metavar="FILE.html", help="a page with figures, charts and examples, in one file")
-    split.add_argument("--report-count", type=int, default=60, help="its examples: the best, the median and the worst")
     split.add_argument("--draw", metavar="FILE.png", help="draw predictions over the split's pictures")
     split.add_argument("--draw-count", type=int, default=12)
     one = p.add_argument_group("one picture")
@@ -412,9 +366,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     one.add_argument("--mask", metavar="FILE.png", help="the mask alone, in the picture's size")
     one.add_argument("--attention", metavar="FILE.png", help="what the model looks at, part by part")
     page = p.add_argument_group("a page in the browser")
-    page.add_argument("--serve", action="store_true", help="a page on 127.0.0.1 for photographs of yours (needs gradio)")
+    page.add_argument("--serve", action="store_true", help="on 127.0.0.1, for photographs of yours (needs gradio)")
     page.add_argument("--port", type=int, help="default: a free one from 7860 on")
     args = p.parse_args(argv)
+    check(args, p, split, one, page)
+    return args
+
+
+def check(args: argparse.Namespace, p: Parser, split, one, page) -> None:
+    """Raises UserError for flags that do not go together, and for impossible values."""
     if (args.image is None) != (args.text is None):
         p.error("--image and --text go together")
     mode = page if args.serve else one if args.image else split
@@ -428,15 +388,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         p.error(f"--port {args.port}: must be 1 to 65535")
     if args.threshold is not None and not 0 < args.threshold < 1:
         p.error(f"--threshold {args.threshold}: must be between 0 and 1")
-    if min(args.batch_size, args.draw_count, args.report_count) < 1 or args.workers < 0:
-        p.error("--batch-size, --draw-count and --report-count must be positive, --workers not negative")
-    return args
+    if min(args.batch_size, args.draw_count) < 1 or args.workers < 0:
+        p.error("--batch-size and --draw-count must be positive, --workers not negative")
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
-    backbone = "" if is_released(args.ckpt) else common.read_checkpoint(args.ckpt, tensors=False)[0]["config"].get("backbone")
-    process = common.start(tiny=str(backbone).startswith("tiny"), device=args.device)
+    config = {} if is_released(args.ckpt) else common.read_checkpoint(args.ckpt, tensors=False)[0]["config"]
+    process = common.start(tiny=str(config.get("backbone")).startswith("tiny"), device=args.device)
     if args.serve or args.image:
         if process.is_main and args.serve:
             from toolbox.serve import serve

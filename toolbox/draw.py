@@ -1,16 +1,17 @@
-"""What people look at: marked photographs, maps over them, a run's curves."""
+"""What people look at: marked photographs with captions, sheets of pictures, a run's curves."""
 
 from __future__ import annotations
 
+import functools
 import json
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
 
-from common import writing
+from common import UserError, writing
 
 # magenta first: rare in photographs, and no colour of the shapes
 COLORS = np.array([(235, 0, 180), (0, 170, 255), (255, 150, 0), (0, 190, 90), (140, 80, 255), (230, 40, 40)])
@@ -55,15 +56,16 @@ def outline(mask: np.ndarray) -> np.ndarray:
 
 def captioned(picture: Image.Image, captions: list[str], colors: list) -> Image.Image:
     """The picture with the captions under it, each in as many lines as it takes; several have their colours."""
-    font, mark = ImageFont.load_default(max(14, picture.width // 34)), len(captions) > 1
-    height = sum(font.getmetrics())
+    size, mark = max(14, picture.width // 34), len(captions) > 1
+    fonts = [font_for(caption, size) for caption in captions]
+    height = max(sum(font.getmetrics()) for font in fonts)
     left = 8 + (height + 4) * mark
-    lines = [(text, n == 0, color) for caption, color in zip(captions, colors)
+    lines = [(text, n == 0, color, font) for caption, color, font in zip(captions, colors, fonts)
              for n, text in enumerate(wrapped(caption, font, picture.width - left - 8))]
     sheet = Image.new("RGB", (picture.width, picture.height + height * len(lines) + 12), "white")
     sheet.paste(picture)
     pen = ImageDraw.Draw(sheet)
-    for n, (text, first, color) in enumerate(lines):
+    for n, (text, first, color, font) in enumerate(lines):
         y = picture.height + 6 + n * height
         pen.text((left, y), text, "black", font)
         if mark and first:
@@ -71,121 +73,83 @@ def captioned(picture: Image.Image, captions: list[str], colors: list) -> Image.
     return sheet
 
 
+# by name, as Pillow searches the system's font folders; Pillow's own font has no accents
+FONTS = ("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc",
+         "DroidSansFallbackFull.ttf", "Arial Unicode.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "msyh.ttc",
+         "YuGothM.ttc", "malgun.ttf", "arial.ttf")
+
+
+@functools.cache
+def fonts(size: int) -> list[ImageFont.FreeTypeFont]:
+    """Pillow's own font, and those of FONTS that this system has."""
+    found = [ImageFont.load_default(size)]
+    for name in FONTS:
+        with suppress(OSError):
+            found.append(ImageFont.truetype(name, size))
+    return found
+
+
+@functools.cache
+def has_letter(font: ImageFont.FreeTypeFont, letter: str) -> bool:
+    """Whether a font draws a letter otherwise than a code point that is no letter."""
+    return bytes(font.getmask(letter)) != bytes(font.getmask("\U0010fffe"))
+
+
+def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
+    """The font that lacks the fewest letters of a text; a note on standard error where it lacks any."""
+    letters = {letter for letter in text if not letter.isspace()}
+    lacking = {font: sum(not has_letter(font, letter) for letter in letters) for font in fonts(size)}
+    font = min(lacking, key=lacking.get)
+    if lacking[font]:
+        note_missing_letters()
+    return font
+
+
+@functools.cache  # said once
+def note_missing_letters() -> None:
+    print("note: no font here has all letters of a caption, so some are drawn as boxes; the system's package of Noto "
+          "fonts (on Debian and Ubuntu fonts-noto-cjk) has them", file=sys.stderr)
+
+
 def wrapped(text: str, font, width: int) -> list[str]:
-    """Lines of words; a word that is wider than all is cut."""
-    lines, line = [], ""
+    """Lines of words. A word that is wider than a line is broken, as is a sentence that is written without blanks."""
+    length = functools.cache(font.getlength)
+    parts = []                                                   # (blank before it, word or letter)
     for word in text.split():
-        while font.getlength(word) > width and len(word) > 1:
-            word = word[:-1]
-        longer = f"{line} {word}".strip()
-        if line and font.getlength(longer) > width:
-            lines, line = lines + [line], word
-        else:
-            line = longer
-    return lines + [line]
+        pieces = [word] if font.getlength(word) <= width else word
+        parts += [(" " * (n == 0), piece) for n, piece in enumerate(pieces)]
+    lines, line, used = [], "", 0.0
+    for blank, part in parts:
+        if line and used + length(blank + part) > width:
+            lines.append(line)
+            line, used = "", 0.0
+        line += blank + part if line else part
+        used += length(blank + part)
+    return [*lines, line]
 
 
-# What a model looks at: maps (B, h, w) by name, taken from a forward by hooks, so that the methods' files are without
-
-
-@torch.no_grad()
-def attention_maps(model: nn.Module, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Maps over the canvas, by name. DCRIS: the length of what each adapter adds, and of the features. ETRIS: the
-    length of the features with and without Bridgers (Fig. 3). M2IST: the attention of [REG] over the image (Fig. 4).
-    Shared-RIS: the attention of the sentence's first token over the image (Fig. 7), a mean over heads."""
-    maps, handles = {}, []
-    method = type(model).__name__
-    globals()[f"hook_{method.lower()}"](model, tokens, maps, lambda m, f: handles.append(m.register_forward_hook(f)))
-    try:
-        model(images, tokens)
-        if method == "ETRIS" and model.bridgers:
-            with_bridgers, bridgers = dict(maps), model.bridgers
-            model.bridgers = nn.ModuleDict()
-            try:
-                model(images, tokens)
-            finally:
-                model.bridgers = bridgers
-            without = {name.replace("features, level", "level") + " without Bridgers": m for name, m in maps.items()}
-            maps = with_bridgers | without
-    finally:
-        for handle in handles:
-            handle.remove()
-    return maps
-
-
-def on_grid(tokens: Tensor) -> Tensor:
-    """(B, N) -> (B, H, W), for a square canvas"""
-    side = int(tokens.shape[1] ** 0.5)
-    return tokens[:, -side * side:].unflatten(1, (side, side))
-
-
-def hook_features(model: nn.Module, maps: dict, hook) -> None:
-    def features(neck, args, out) -> None:
-        levels = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
-        maps.update({f"features, level {n}": level.norm(dim=1) for n, level in enumerate(levels, 4 - len(levels))})
-
-    hook(model.neck, features)
-
-
-def hook_etris(model: nn.Module, tokens: Tensor, maps: dict, hook) -> None:
-    hook_features(model, maps, hook)
-
-
-def hook_dcris(model: nn.Module, tokens: Tensor, maps: dict, hook) -> None:
-    for i, adapter in model.visual_adapters.items():
-        def added(adapter, args, out, i=int(i)) -> None:
-            scale = model.vision.encoder.layer[i].layer_scale2
-            maps[f"adapter of block {i + 1}"] = on_grid(scale(model.c.adapter_scale * out)[:, 5:].norm(dim=2))
-
-        hook(adapter, added)
-    hook_features(model, maps, hook)
-
-
-def hook_m2ist(model: nn.Module, tokens: Tensor, maps: dict, hook) -> None:
-    for i, layer in enumerate(model.vl_encoder, 1):
-        def look(layer, args, out, i=i) -> None:
-            x, pos, pad = args
-            weights = layer.self_attn(x + pos, x + pos, x, key_padding_mask=pad)[1]  # (B, 1 + L + N, 1 + L + N)
-            maps[f"[REG], V-L layer {i}"] = on_grid(weights[:, 0, 1 + tokens.shape[1]:])
-
-        hook(layer, look)
-
-
-def hook_sharedris(model: nn.Module, tokens: Tensor, maps: dict, hook) -> None:
-    def look_in_encoder(layer, args, out) -> None:
-        v, t, keys = args
-        attention, (v, t) = layer.self_attn, layer.self_attn_layer_norm(v, t)
-        q, k = attention.q_proj.B(t[:, :1]), torch.cat(attention.k_proj(v, t), 1)
-        q, k = (x.unflatten(2, (attention.heads, -1)).transpose(1, 2) for x in (q, k))  # (B, h, 1 or 1 + N + L, d / h)
-        scores = (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).masked_fill(~keys, -torch.inf)
-        maps["encoder"] = on_grid(scores.softmax(3).mean(1)[:, 0, 1:v.shape[1]])
-
-    hook(model.beit3.layers[-1], look_in_encoder)
-    places = {f"FPN, stage {j}": m for j, m in zip(model.fpn.stages, model.fpn.fusion) if model.c.fpn_fusion == "self"}
-    if model.c.decoder_fusion == "self" and len(model.decoder.layers):
-        places["decoder"] = model.decoder.layers[0].fusion
-    for name, fusion in places.items():
-        def look(fusion, args, out, name=name) -> None:
-            x, n, pad = args
-            y = fusion.norm(x)
-            weights = fusion.attention(y[:, n:n + 1], y, y, key_padding_mask=pad)[1]  # (B, 1, 1 + N + L)
-            maps[name] = on_grid(weights[:, 0, 1:n])
-
-        hook(fusion, look)
-
-
-def heat_sheet(image: np.ndarray, maps: dict[str, np.ndarray], answer, sentence: str) -> Image.Image:
-    """A sheet of the answer and of maps (H, W) over the photograph, each from dark, its least value, to bright."""
-    pictures = [overlay(image, [answer], [sentence], least=320)]
-    for name, values in maps.items():
-        low, high = float(values.min()), float(values.max())
-        heat = ((values - low) / (high - low or 1))[..., None]     # (H, W, 1) in 0..1
-        color = 255 * np.concatenate([heat, np.clip(2 * heat - 1, 0, 1), np.clip(1.2 * heat - 0.2, 0, 0.35)], 2)
-        mixed = (0.45 * image.mean(2, keepdims=True) + 0.55 * color).astype(np.uint8)
-        pictures.append(overlay(mixed, [None], [f"{name}: {low:.3g} to {high:.3g}"], least=320))
-    for picture in pictures:
-        picture.thumbnail((480, 560))
-    return grid(pictures, columns=4)
+def draw_answers(image: np.ndarray, answers: list[dict], sentences: list[str], out: str | Path | None,
+                 mask: str | Path | None = None) -> list[str]:
+    """Draws what evaluate.ask gave: all of it to `out`, and each mask alone to `mask`, or else beside `out`. The file,
+    or None, then stands for the mask. -> what was found, a line for each sentence"""
+    if out:
+        save(overlay(image, [answer.get("mask", answer["box"]) for answer in answers], sentences), out)
+        mask = mask or Path(out).with_name(Path(out).stem + "_mask.png")
+    said = []
+    for n, (sentence, answer) in enumerate(zip(sentences, answers), 1):
+        found = f"box {answer['box']}" if answer["box"] else "nothing"
+        if "mask" in answer:
+            pixels, answer["mask"] = answer["mask"], None
+            if answer["box"]:
+                found = f"{answer['area']} pixels, {found}, mean confidence {answer['confidence']}"
+            if mask:
+                file = Path(mask)
+                file = file if len(answers) == 1 else file.with_name(f"{file.stem}_{n}{file.suffix}")
+                save(Image.fromarray(pixels.astype(np.uint8) * 255), file)
+                answer["mask"] = str(file)
+                found += f", mask: {file}"
+        said.append(f"{sentence!r}: {found}.")
+    return said
 
 
 def grid(pictures: list[Image.Image], columns: int = 4) -> Image.Image:
@@ -198,13 +162,13 @@ def grid(pictures: list[Image.Image], columns: int = 4) -> Image.Image:
     return sheet
 
 
-# The page
+# A run's curves
 
 
 def read_curves(log: Path, metric: str) -> dict[str, list[tuple[float, float]]]:
     """Of a run's log.jsonl, (step, value) of the loss and of the metric on val; empty without one."""
     entries = []
-    for text in log.read_text(errors="replace").splitlines() if log.is_file() else []:
+    for text in log.read_text("utf-8", "replace").splitlines() if log.is_file() else []:
         try:
             entries.append(json.loads(text))
         except ValueError:  # half a line, where a run was killed
@@ -213,7 +177,7 @@ def read_curves(log: Path, metric: str) -> dict[str, list[tuple[float, float]]]:
             f"val {metric}": [(e["step"], e["val"][metric]) for e in entries if metric in e.get("val", {})]}
 
 
-def draw_curves(log: Path, metric: str, file: Path) -> None:
+def curves(log: Path, metric: str) -> Image.Image:
     """The same as a picture."""
     w, h, pad = 460, 220, 56
     sheet = Image.new("RGB", (2 * w, h), "white")
@@ -232,7 +196,25 @@ def draw_curves(log: Path, metric: str, file: Path) -> None:
         for y, value in (top, high), (bottom, low):
             draw.text((left - 6, y), f"{value:.3g}", "black", font, anchor="rm")
         draw.text((right, bottom + 6), f"step {last:,}", "black", font, anchor="ra")
+    return sheet
+
+
+def draw_curves(log: Path, metric: str, file: Path) -> None:
+    save(curves(log, metric), file)
+
+
+# Files
+
+
+def picture_format(file: str | Path, flag: str = "--out", formats: tuple[str, ...] = ("PNG", "JPEG", "WEBP")) -> str:
+    """The format that a file's name asks for. Raises UserError for a name that asks for none of `formats`."""
+    name = Image.registered_extensions().get(Path(file).suffix.lower())
+    if name not in formats:
+        endings = " or ".join(f".{f.lower().replace('jpeg', 'jpg')}" for f in formats)
+        raise UserError(f"{flag} {file}: a name that ends in {endings} is needed.")
+    return name
+
+
+def save(picture: Image.Image, file: str | Path) -> None:
     with writing(file) as temporary:
-        sheet.save(temporary, format="PNG")
-
-
+        picture.save(temporary, format=picture_format(file))

@@ -21,33 +21,34 @@ from tqdm import tqdm
 import common
 import data
 from common import writing
-from evaluate import MAIN_METRIC, SIZES, ask, others_sentences
+from evaluate import MAIN_METRIC, SIZES, ask, expressions
 from toolbox import draw
-from toolbox.draw import read_curves
 
+SIDE = 300                                                       # of an example's pictures, pixels
+EXAMPLES = 60
 
 
 @torch.no_grad()
 def write_report(args: argparse.Namespace, model, info: dict, source, rows: list[dict], details: list) -> None:
     """--report: a page about the first split that was measured, and the figures of all."""
-    items = data.EvalSet(source, model.preprocess, first=args.protocol == "released-val")
-    sentences = others_sentences(items.sentences()) if args.shuffle_text else items.sentences()
+    protocol = rows[0]["protocol"]
+    items, sentences = expressions(model, source, protocol, shuffle_text=args.shuffle_text)
     scores, sizes = ([row[n] for row in details] for n in (1, 2))
     ious = common.mask_ious(scores)[2].tolist() if model.task == "mask" else scores
-    places = [m[0].lower() if (m := data.PLACE.search(s)) else "none" for s in sentences]
     examples = []
-    for k, group in tqdm(chosen(ious, args.report_count).items(), "pictures", leave=False, disable=None):
-        record, pictures = items.record(k), {}
-        truth = record.mask if model.task == "mask" else record.box
-        answer = ask(model, record.image, sentences[k], protocol=args.protocol)
-        for name, what in ("truth", truth), ("prediction", answer[model.task]):
-            pictures[name] = data_url(draw.overlay(record.image, [what], least=SIDE))
-        examples.append(pictures | dict(n=k, iou=ious[k], group=group, sentence=sentences[k],
-                                        id=source.describe(items.pairs[k][0])))
-    run = Path(args.ckpt)
-    of_what = "object's" if model.task == "mask" else "object's box's"
-    pieces = charts(ious, sizes, sentences, places, SIZES, of_what) + curves(
-        (run if run.is_dir() else run.parent) / "log.jsonl", MAIN_METRIC[model.task])
+    for k, group in tqdm(chosen(ious, EXAMPLES).items(), "pictures", leave=False, disable=None):
+        record = items.record(k)
+        pictures = dict(truth=record.mask if model.task == "mask" else record.box,
+                        prediction=ask(model, record.image, sentences[k], protocol=protocol)[model.task])
+        examples.append(dict(n=k, iou=ious[k], group=group, sentence=sentences[k],
+                             id=source.describe(items.pairs[k][0]),
+                             **{name: data_url(draw.overlay(record.image, [what], least=SIDE), SIDE)
+                                for name, what in pictures.items()}))
+    pieces = charts(ious, sizes, sentences, "object's" if model.task == "mask" else "object's box's")
+    log = (Path(args.ckpt) if Path(args.ckpt).is_dir() else Path(args.ckpt).parent) / "log.jsonl"
+    if log.is_file():
+        url = data_url(draw.curves(log, MAIN_METRIC[model.task]))
+        pieces += f'<figure><img class="fit" alt="loss and {MAIN_METRIC[model.task]} of the run" src="{url}"></figure>'
     facts = {k: v for k, v in info.items() if k != "config"} | info["config"]
     if info["dataset"] is None:  # a released file does not say how it was trained
         facts = {k: info["config"][k] for k in ("backbone", "variant", "image_size", "words")}
@@ -59,17 +60,13 @@ def write_report(args: argparse.Namespace, model, info: dict, source, rows: list
     write_page(args.report, title, shown, pieces, examples, facts | dict(measured_with=common.versions()))
 
 
-SIDE = 300  # of an example's pictures, pixels
-
-GROUPS = ("best", "median", "worst")
-
-
-def data_url(picture: Image.Image) -> str:
-    """A picture as JPEG within the page."""
-    picture.thumbnail((SIDE, SIDE))
+def data_url(picture: Image.Image, side: int | None = None) -> str:
+    """A picture within the page: a photograph as JPEG of a longest side, a drawing as PNG."""
     out = io.BytesIO()
-    picture.convert("RGB").save(out, "JPEG", quality=82)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
+    if side:
+        picture.thumbnail((side, side))
+    picture.convert("RGB").save(out, "JPEG" if side else "PNG", quality=82)
+    return f"data:image/{'jpeg' if side else 'png'};base64," + base64.b64encode(out.getvalue()).decode()
 
 
 def chosen(ious: list[float], count: int) -> dict[int, str]:
@@ -108,20 +105,6 @@ def bars(title: str, names: list[str], heights: list[float], counts: list[int], 
             f'height="{h + 56}" role="img">{"".join(parts)}</svg></div></figure>')
 
 
-def line(title: str, points: list[tuple[float, float]]) -> str:
-    """A curve through (step, value)."""
-    if len(points) < 2:
-        return ""
-    w, h = 420, 150
-    (xs, ys) = zip(*points)
-    low, high, last = min(ys), max(ys), max(xs)
-    at = " ".join(f"{x / last * w:.1f},{h - (y - low) / (high - low or 1) * h:.1f}" for x, y in points)
-    return (f'<figure><figcaption>{html.escape(title)}</figcaption><svg class="fit" width="{w + 70}" height="{h + 40}" '
-            f'viewBox="-50 -12 {w + 70} {h + 40}" role="img"><path d="M0 0V{h}H{w}"/><polyline points="{at}"/>'
-            f'<text class="end" x="-6" y="4">{high:.3g}</text><text class="end" x="-6" y="{h + 4}">{low:.3g}</text>'
-            f'<text x="{w - 20}" y="{h + 20}">step {last:,}</text></svg></figure>')
-
-
 def by_group(title: str, groups: list[str], names: list[str], ious: list[float]) -> str:
     """Mean IoU of each group, in the order of `names`, without empty ones."""
     there = [n for n in names if n in groups]
@@ -129,19 +112,15 @@ def by_group(title: str, groups: list[str], names: list[str], ious: list[float])
     return bars(title, there, [100 * float(np.mean(v)) for v in values], [len(v) for v in values], top=100)
 
 
-def curves(log: Path, metric: str) -> str:
-    return "".join(line(title, points) for title, points in read_curves(log, metric).items())
-
-
-def charts(ious: list[float], sizes: list[float], sentences: list[str], places: list[str], size_edges: tuple,
-           of_what: str = "object's") -> str:
+def charts(ious: list[float], sizes: list[float], sentences: list[str], of_what: str = "object's") -> str:
     """Histogram of the IoU, and its mean by the object's size, the sentence's length and its words of place."""
     counts, _ = np.histogram(np.clip(ious, 0, 1), np.arange(11) / 10)
     share = [100 * c / max(1, len(ious)) for c in counts]
-    names = [f"{a}–{b} %" for a, b in zip(size_edges, size_edges[1:])]
-    of_size = [names[int(np.digitize(s, size_edges[1:-1]))] for s in sizes]
+    names = [f"{a}–{b} %" for a, b in zip(SIZES, SIZES[1:])]
+    of_size = [names[int(np.digitize(s, SIZES[1:-1]))] for s in sizes]
     lengths = ["1–2", "3–4", "5–6", "7–9", "10+"]
     of_length = [lengths[int(np.digitize(len(s.split()), (3, 5, 7, 10)))] for s in sentences]
+    places = [m[0].lower() if (m := data.PLACE.search(s)) else "none" for s in sentences]
     return "".join((
         bars("share of expressions by IoU, %", [f".{k}–" for k in range(10)], share, counts.tolist(), max(share)),
         by_group(f"mean IoU by the {of_what} share of the photograph", of_size, names, ious),
@@ -192,8 +171,6 @@ th, td { padding: 4px 10px; border-bottom: 1px solid var(--line); text-align: ri
 figcaption { font-weight: 600; font-size: 14px } svg { fill: var(--mark) } .fit { max-width: 100%; height: auto }
 svg text { fill: var(--ink); font-size: 11px; text-anchor: middle }
 svg .faint, .faint { fill: var(--faint); color: var(--faint) }
-svg .end { text-anchor: end } svg path, svg polyline { fill: none; stroke: var(--line) }
-svg polyline { stroke: var(--mark); stroke-width: 1.6 }
 .tools { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; position: sticky; top: 0; padding: 8px 0;
   background: var(--paper); z-index: 1 }
 input, select { font: inherit; padding: 6px 8px; border: 1px solid var(--line); border-radius: 6px;

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import data
 from common import Process, UserError
-from evaluate import ask, load_run, write_answers
-
-
+from evaluate import ask, load_run
+from toolbox.draw import draw_answers
 
 def serve(args: argparse.Namespace, process: Process) -> None:
     """A page on this machine: drop a photograph, write sentences, move the threshold, take overlay and masks."""
@@ -44,7 +43,7 @@ def serve_page(gradio, model, title: str, folder: str):
                 raise UserError("a photograph and a sentence are needed.")
             image, here = data.read_image(photograph), Path(tempfile.mkdtemp(dir=folder))
             answers = [ask(model, image, s, threshold if model.task == "mask" else None) for s in sentences]
-            said = write_answers(image, answers, sentences, here / "overlay.png", here / "mask.png")
+            said = draw_answers(image, answers, sentences, here / "overlay.png", here / "mask.png")
         except UserError as e:
             said = str(e).replace(str(photograph), Path(photograph or "").name)
             raise gradio.Error(said, print_exception=False) from None
