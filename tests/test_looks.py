@@ -39,12 +39,12 @@ def look(name, backbone="tiny", **flags):
 
 LEVELS, TOKEN = ["level 1", "level 2", "level 3"], "attention of the sentence's first token"
 BRIDGED = {f"features, {level}": ["without Bridgers", "with Bridgers"] for level in LEVELS}
-BOTH = {"what an adapter adds": ["block 2", "block 4"], "features": LEVELS,
-        "probability": ["without DenseCross adapters", "without text adapters", "with both"]}
+ADDED, PROBABILITY = {"what an adapter adds": ["block 2", "block 4"]}, ["of the model", "without text adapters"]
 
 
 @pytest.mark.parametrize("name, flags, names", [
-    ("dcris", {}, BOTH), ("dcris", dict(text_layers=()), {k: v for k, v in BOTH.items() if k != "probability"}),
+    ("dcris", {}, ADDED | dict(probability=[*PROBABILITY, "without DenseCross adapters"])),
+    ("dcris", dict(visual_layers=()), dict(probability=PROBABILITY)),
     ("etris", {}, BRIDGED), ("m2ist", {}, {"attention of [REG]": ["V-L layer 1", "V-L layer 2"]}),
     ("shared_ris", {}, {TOKEN: ["encoder", "FPN", "decoder"]}),
     ("shared_ris", dict(fpn_fusion="cross", decoder_fusion="bi"), {TOKEN: ["encoder"]}),
@@ -126,14 +126,14 @@ def test_figure_4_without_adapters_is_a_model_without_them():
                   for p in a.up.parameters()]:
             p.normal_(generator=torch.Generator().manual_seed(len(p)))  # which begins with zeros
         maps = attention.attention_maps(model, images, tokens)["probability"]
-        assert torch.equal(maps["with both"], model(images, tokens)[:, 0].sigmoid())
+        assert torch.equal(maps["of the model"], model(images, tokens)[:, 0].sigmoid())
         for name, adapters in ("without text adapters", model.text_adapters), (
                 "without DenseCross adapters", model.visual_adapters):
             kept = dict(adapters)
             for i in kept:
                 del adapters[i]
             assert torch.equal(maps[name], model(images, tokens)[:, 0].sigmoid())
-            assert not torch.equal(maps[name], maps["with both"])
+            assert not torch.equal(maps[name], maps["of the model"])
             adapters.update(kept)
 
 

@@ -31,9 +31,9 @@ def attention_sheet(model: nn.Module, image: np.ndarray, sentence: str, answer) 
 def attention_maps(model: nn.Module, images: Tensor, tokens: Tensor) -> dict[str, dict[str, Tensor]]:
     """Maps (B, h, w) over the canvas, by name, in groups, whose maps have one scale.
 
-    ETRIS: length of the features with and without Bridgers (Fig. 3). DCRIS: length of what each adapter adds and of the
-    features; the mask's probability with and without one kind of adapters (Fig. 4 d to f, whose models are trained
-    without; here all have these weights). M2IST: attention of [REG] over the image (Fig. 4). Shared-RIS: attention of
+    ETRIS: length of the features with and without Bridgers (Fig. 3). DCRIS: length of what each adapter adds; the
+    mask's probability, with all adapters and without one kind (Fig. 4 d to f shows models that are trained without;
+    here all have the same weights). M2IST: attention of [REG] over the image (Fig. 4). Shared-RIS: attention of
     the sentence's first token over the image in the encoder's last layer, in the FPN (mean over its stages) and in the
     decoder's last layer (Fig. 7). Attention is a mean over heads.
     """
@@ -58,7 +58,7 @@ def on_grid(tokens: Tensor) -> Tensor:
 
 
 def feature_lengths(model: nn.Module, images: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-    """Of each level that the neck reads."""
+    """Of each level that ETRIS's neck reads."""
     maps = {}
 
     def look(neck, args, out) -> None:
@@ -96,12 +96,11 @@ def dcris_maps(model: nn.Module, images: Tensor, tokens: Tensor) -> dict:
 
         hooks[adapter] = look
     with hooked(hooks):
-        groups = {"what an adapter adds": added, "features": feature_lengths(model, images, tokens)}
-    dense, text = (list(adapters.values()) for adapters in (model.visual_adapters, model.text_adapters))
-    if dense and text:
-        groups["probability"] = {"without DenseCross adapters": probability(dense),
-                                 "without text adapters": probability(text), "with both": probability()}
-    return {name: group for name, group in groups.items() if group}
+        probabilities = {"of the model": probability()}
+    for name, adapters in ("text", model.text_adapters), ("DenseCross", model.visual_adapters):
+        if adapters:
+            probabilities[f"without {name} adapters"] = probability(list(adapters.values()))
+    return ({"what an adapter adds": added} if added else {}) | {"probability": probabilities}
 
 
 def m2ist_maps(model: nn.Module, images: Tensor, tokens: Tensor) -> dict:
