@@ -135,7 +135,7 @@ def test_one_picture_one_sentence(run, tmp_path):
     (["--image", "README.md", "--text", "dog"], "README.md is not a picture"),
     (["--image", "README.md", "--text", " "], "the sentence is empty"),
     (["--split", "test"], "no split 'test'"), (["--dataset", "refcoco"], "--data-root"),
-    (["--dataset", "refcocog"], "refcocog_umd"), (["--share", "off"], "together with the sentence")])
+    (["--dataset", "refcocog"], "refcocog_umd")])
 def test_mistakes_get_one_sentence(run, words, sentence, monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(common.UserError, match=sentence):
@@ -417,32 +417,26 @@ def test_sharing_pictures_changes_no_figure(tmp_path, capsys, monkeypatch):
     train.main([*BOX, "--dataset", "refcoco", "--data-root", str(tmp_path), "--backbone", "tiny", "--batch-size", "2",
                 "--steps", "2", "--out", run])
     rows = {}
-    for share in "on", "off", "compare":
-        for size in "1", "3", "16":
-            calls.clear()
-            evaluate.main(["--ckpt", run, "--share", share, "--batch-size", size, "--json", str(tmp_path / "val.json")])
-            rows[share, size] = json.loads((tmp_path / "val.json").read_text())
-            if share != "compare":
-                assert len(calls) == dict(on=3, off=12)[share]
-    assert all(rows[share, s] == rows["on", s] for share, s in rows) and rows["on", "1"]["n"] == 12
-    said = capsys.readouterr().err
-    assert "12 sentences about 3 pictures" in said and "times as fast, and the same figures" in said
-    # to the last bit, and each with its own sentence and box
+    for size in "1", "3", "16":
+        calls.clear()
+        evaluate.main(["--ckpt", run, "--batch-size", size, "--json", str(tmp_path / "val.json")])
+        rows[size] = json.loads((tmp_path / "val.json").read_text())
+        assert len(calls) == 3  # pictures
+    assert all(row == rows["1"] for row in rows.values()) and rows["1"]["n"] == 12
+    # each with its own sentence and box
     process = common.start(device="cpu")
     model, info = evaluate.load_run(run, None, process)
     items = data.EvalSet(data.open_dataset("refcoco", "val", str(tmp_path)), model.preprocess)
     with torch.no_grad():
-        shared, apart = (sorted(evaluate.answers_by_picture(model, items, items.sentences(), process, 5, 0, share,
-                                                             "default"))
-                         for share in (True, False))
-        assert shared == apart and len({iou for _, iou, _ in shared}) > 3
-        for k, iou, _ in shared:
-            i, j = items.pairs[k]
-            record = items.source.read(i)
-            box = evaluate.ask(model, record.image, record.sentences[j])["box"]
-            assert common.box_iou(box, record.box) == pytest.approx(iou, abs=1e-3)
+        found = list(evaluate.answers_by_picture(model, items, items.sentences(), process, 5, 0, "default"))
+    assert len({iou for _, iou, _ in found}) > 3
+    for k, iou, _ in found:
+        i, j = items.pairs[k]
+        record = items.source.read(i)
+        box = evaluate.ask(model, record.image, record.sentences[j])["box"]
+        assert common.box_iou(box, record.box) == pytest.approx(iou, abs=1e-3)
     two = command("evaluate.py", "--ckpt", run, "--json", "-", "--device", "cpu", world=2, check=0)
-    assert json.loads(two.stdout) == rows["on", "16"]
+    assert json.loads(two.stdout) == rows["16"]
 
 
 def test_training_from_kept_features(tmp_path, capsys):
