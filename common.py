@@ -21,14 +21,10 @@ A method file (dcris.py, etris.py, m2ist.py, shared_ris.py) has
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib
-import inspect
 import json
 import os
-import platform
-import re
 import signal
 import sys
 import tempfile
@@ -36,8 +32,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -140,67 +135,6 @@ class TrainConfig:
     val_every: int = 0                      # steps between validations; 0: an epoch
 
 
-NAMES = "backbone", "variant", "tune"  # fields that the commands have flags of their own for
-
-
-class Parser(argparse.ArgumentParser):
-    """Raises UserError, one line, in the place of printing the whole usage."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
-
-    def error(self, message: str):
-        raise UserError(f"{message} (--help lists the flags)")
-
-
-def one_of(*names: str) -> dict:
-    """Arguments of add_argument for a flag with these values."""
-    def check(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"must be one of {', '.join(names)}; not {text}")
-        return text
-
-    return dict(type=check, metavar="{" + ",".join(names) + "}")
-
-
-def field_help(config_class: type) -> dict[str, str]:
-    """The comments beside the fields of a Config, by field."""
-    found = {}
-    for cls in TrainConfig, config_class:
-        for name, comment in re.findall(r"^    (\w+): [^#\n]*# (.+)$", inspect.getsource(cls), re.MULTILINE):
-            found[name] = f"{found[name]}; {comment}" if name in found else comment
-    return found
-
-
-def add_config_flags(parser: argparse.ArgumentParser, defaults: TrainConfig) -> None:
-    """A flag for each field: --bridger-dim 32, --visual-layers 1,3, --mask-padding / --no-mask-padding. `defaults` are
-    shown by --help; a flag that is not given is absent from the parsed arguments."""
-    group = parser.add_argument_group(f"settings of {type(defaults).__module__}.py for {defaults.backbone}")
-    hints, comments = typing.get_type_hints(type(defaults)), field_help(type(defaults))
-    for name in hints.keys() - set(NAMES):
-        kind, value = hints[name], getattr(defaults, name)
-        if typing.get_origin(kind) is typing.Literal:
-            flag = one_of(*typing.get_args(kind))
-        elif kind is bool:
-            flag = dict(action=argparse.BooleanOptionalAction)
-        elif typing.get_origin(kind) is tuple:
-            flag, value = dict(type=integers, metavar="N,N,..."), ",".join(map(str, value)) or "none"
-        else:
-            flag = dict(type=kind, metavar=kind.__name__.upper())
-        text = f"{comments.get(name, '')} (default: {value})".strip().replace("%", "%%")
-        group.add_argument("--" + name.replace("_", "-"), default=argparse.SUPPRESS, help=text, **flag)
-
-
-def integers(text: str) -> tuple[int, ...]:
-    return tuple(int(t) for t in text.split(",") if t.strip())
-
-
-def config_flags(args: argparse.Namespace, config_class: type) -> dict:
-    """The fields of a Config that the user set by such a flag."""
-    return {f.name: getattr(args, f.name) for f in fields(config_class) if f.name not in NAMES and f.name in args}
-
-
 def check_config(c: TrainConfig, **rules: tuple[bool | Callable[[], bool], str]) -> None:
     """Raises UserError for an impossible setting, and names it. A rule is (whether the field's value is possible, what
     it must be), the first a function where it divides by another field."""
@@ -230,24 +164,6 @@ def check_config(c: TrainConfig, **rules: tuple[bool | Callable[[], bool], str])
 def refuse(name: str, value, must: str) -> typing.NoReturn:
     value = ",".join(map(str, value)) if isinstance(value, tuple) else value
     raise UserError(f"--{name.replace('_', '-')} {value}: must be {must}.")
-
-
-def config_from_json(config_class: type, values: dict, where: str) -> TrainConfig:
-    """Config from its fields as JSON has them. Raises UserError for unknown fields and values of another type."""
-    unknown = values.keys() - {f.name for f in fields(config_class)}
-    if unknown:
-        raise UserError(f"{where} has settings that this version lacks: {', '.join(sorted(unknown))}.")
-    hints, out = typing.get_type_hints(config_class), {}
-    for name, value in values.items():
-        kind = typing.get_origin(hints[name]) or hints[name]
-        value = tuple(value) if isinstance(value, list) else value
-        fine = value in typing.get_args(hints[name]) if kind is typing.Literal else (
-            isinstance(value, (int, float)) if kind is float else type(value) is kind
-            and (kind is not tuple or all(type(v) is int for v in value)))
-        if not fine:
-            raise UserError(f"{where} has an impossible setting: {name} = {str(value)[:80]!r}.")
-        out[name] = value
-    return config_class(**out)
 
 
 # Processes
@@ -495,23 +411,6 @@ def write_json(path: str | Path, value) -> None:
         temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
 
 
-def write_result(file: str | None, value) -> None:
-    if file == "-":
-        print(json.dumps(value, indent=1))
-    elif file:
-        write_json(file, value)
-
-
-def print_table(rows: list[dict], left: tuple[str, ...] = ()) -> None:
-    """Dicts of one kind as a table on standard output; columns `left` begin at one height."""
-    names = list(rows[0])
-    cells = [["-".join(f"{x:.2f}" for x in v) if isinstance(v, list) else f"{v:.2f}" if isinstance(v, float) else
-              f"{v:,}" if isinstance(v, int) else str(v) for v in row.values()] for row in rows]
-    widths = [max(len(n), *(len(c[i]) for c in cells)) for i, n in enumerate(names)]
-    for line in [names, *cells]:
-        print("  ".join(c.ljust(w) if n in left else c.rjust(w) for n, c, w in zip(names, line, widths)).rstrip())
-
-
 def trains_towers(model: nn.Module) -> bool:
     """Whether most of the towers' matrices are trained: all but some that nothing reads, or a first stage."""
     trains = [p.requires_grad for p in parameters(model)["backbone"] if p.dim() > 1]
@@ -607,62 +506,6 @@ def load_trained(model: nn.Module, state: dict[str, Tensor], where: str) -> None
     """Loads a checkpoint's tensors. Raises UserError where they are not those that the model trains."""
     check_trained(model, state, where)
     model.load_state_dict(state, strict=False)
-
-
-def is_run(weights: str) -> bool:
-    """Whether --weights names a run folder or its checkpoint: not a keyword, nor files that others released."""
-    return weights not in ("random", "pretrained") and (
-        os.path.isdir(weights) or os.path.basename(weights) == "model.safetensors" and "," not in weights)
-
-
-def build(method, config: TrainConfig, weights: str, seed: int) -> nn.Module:
-    """The method's model with random weights, released ones, or the towers that another run trained. What is random
-    depends on `seed` alone."""
-    torch.manual_seed(seed)
-    model = method.Model(config, "random" if is_run(weights) else weights)
-    if is_run(weights):
-        load_towers(model, weights, method.__name__)
-    return model
-
-
-def load_towers(model: nn.Module, run: str, method: str) -> None:
-    """Loads the towers that another run trained. Raises UserError where it trained none, or others."""
-    info, state = read_checkpoint(run)
-    if info["method"] != method or info["config"]["backbone"] != model.c.backbone:
-        raise UserError(f"--weights {run}: a run of {info['method']} with {info['config']['backbone']}, "
-                        f"not of {method} with {model.c.backbone}.")
-    towers = model.parts()["backbone"]
-    prefixes = tuple(n + "." for n, m in model.named_modules() if any(m is t for t in towers))
-    state = {k: v for k, v in state.items() if k.startswith(prefixes)}
-    if not state or info["frozen"]:
-        raise UserError(f"--weights {run}: that run trained no towers (it was --tune {info['config']['tune']}); "
-                        "give its own --weights, or a run with --tune full.")
-    own = model.state_dict()
-    # LoRA's parametrization renames the weight that it changes
-    renamed = {re.sub(r"parametrizations\.(\w+)\.original$", r"\1", k): k for k in own}
-    state = {renamed.get(k, k): v for k, v in state.items()}
-    odd = [k for k, v in state.items() if k not in own or not same_shape(k, own[k], v)]
-    if odd:
-        raise UserError(f"--weights {run}: its towers do not fit these settings: {min(odd)} is "
-                        f"{tuple(state[min(odd)].shape)} there.")
-    model.load_state_dict(state, strict=False)
-
-
-def origin(weights: str) -> str:
-    """What the towers came from in the first place: of a run, what its own came from."""
-    if not is_run(weights):
-        return weights
-    info, _ = read_checkpoint(weights, tensors=False)
-    return info.get("origin", info["weights"])
-
-
-def versions() -> dict[str, str]:
-    """Of Python and the libraries that a run depends on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in "torchvision", "transformers", "open_clip_torch", "sentencepiece", "numpy", "pillow":
-        with suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 # Counting

@@ -35,7 +35,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import Parser, Preprocess, UserError, first_line, one_of, print_table, run_command, write_result, writing
+from common import Preprocess, UserError, first_line, run_command, writing
+from toolbox.cli import Parser, one_of, print_table, write_result
 from toolbox.released import warped
 
 REFER_FILES = {  # data set -> folder, refs file, splits

@@ -30,8 +30,9 @@ from tqdm import tqdm
 
 import common
 import data
-from common import METHODS, Parser, Process, UserError, load_method, one_of
-from toolbox import draw
+from common import METHODS, Process, UserError, load_method
+from toolbox import draw, runs
+from toolbox.cli import Parser, config_from_json, one_of, print_table, write_result
 from toolbox.released import cut_at_canvas, is_released, load_released, unwarped, whole_pixels
 from toolbox.weights import leak
 
@@ -55,7 +56,7 @@ def load_run(ckpt: str, weights: str | None, process: Process,
     if info["method"] not in METHODS:
         raise UserError(f"{ckpt}: method {info['method']!r} is none of {', '.join(METHODS)}.")
     method = load_method(info["method"])
-    c = common.config_from_json(method.Config, info["config"], ckpt)
+    c = config_from_json(method.Config, info["config"], ckpt)
     if c.backbone not in method.BACKBONES or c.variant not in method.VARIANTS or c.tune not in method.TUNES:
         raise UserError(f"{ckpt}: its backbone {c.backbone}, variant {c.variant} or tune {c.tune} is unknown here.")
     try:  # without memory, as its settings may ask for any
@@ -74,7 +75,7 @@ def load_run(ckpt: str, weights: str | None, process: Process,
                 w.endswith(kinds) for w in weights.split(",")):  # a checkpoint does not say what files are opened
             raise UserError(f"{ckpt}: its weights, {weights[:200]!r}, are no files of weights; --weights takes them.")
     # with trained towers the checkpoint holds everything
-    model = common.build(method, c, weights if info["frozen"] else "random", info["seed"])
+    model = runs.build(method, c, weights if info["frozen"] else "random", info["seed"])
     common.load_trained(model, state, ckpt)
     if info["frozen"] != common.fingerprint(model):
         raise UserError(f"{ckpt}: its frozen towers ({info['weights']}) are not the ones built here; "
@@ -231,7 +232,7 @@ def measure(args: argparse.Namespace, process: Process) -> None:
     if args.split == "all":
         splits = [s for s in data.SPLITS.get(name, ("val",)) if s != "train"]
     sources = [data.open_dataset(name, s, args.data_root or info["data_root"], info["seed"]) for s in splits]
-    warning = leak(info["method"], common.origin(args.weights) if args.weights else
+    warning = leak(info["method"], runs.origin(args.weights) if args.weights else
                    info.get("origin", info["weights"]), name)
     for note in filter(None, (warning, overlap(args.ckpt, info["dataset"], name))):
         process.print(note)
@@ -250,12 +251,12 @@ def measure(args: argparse.Namespace, process: Process) -> None:
 def write_results(args: argparse.Namespace, model, info: dict, source, rows: list[dict], details: list) -> None:
     """`source` and `details`: of the first split, which is drawn and reported."""
     if args.json != "-":
-        common.print_table([{k: v for k, v in row.items() if k != "by_size"} for row in rows])
+        print_table([{k: v for k, v in row.items() if k != "by_size"} for row in rows])
         for row in rows if args.by_size else ():
             print(f"\n{row['split']}, by the object's share of the photograph" +
                   (" (its box's)" if model.task == "box" else ""))
-            common.print_table(row["by_size"])
-    common.write_result(args.json, rows if args.split == "all" else rows[0])
+            print_table(row["by_size"])
+    write_result(args.json, rows if args.split == "all" else rows[0])
     if args.draw:
         draw_examples(args.draw, model, source, args.draw_count, protocol=rows[0]["protocol"])
     if args.report:
@@ -335,7 +336,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
         print(*said, *(f"Drawn: {file}" for file in (out, args.attention) if file), sep="\n")
     about = dict(image=args.image, width=image.shape[1], height=image.shape[0], overlay=out, method=info["method"])
     results = [dict(text=sentence) | answer for sentence, answer in zip(sentences, answers)]
-    common.write_result(args.json, about | (results[0] if len(results) == 1 else dict(answers=results)))
+    write_result(args.json, about | (results[0] if len(results) == 1 else dict(answers=results)))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -34,9 +34,10 @@ from tqdm import tqdm
 
 import common
 import data
-from common import METHODS, Parser, Process, UserError, load_method, one_of
+from common import METHODS, Process, UserError, load_method
 from evaluate import MAIN_METRIC, draw_examples, evaluate_split
 from toolbox import baselines, draw, runs
+from toolbox.cli import Parser, add_config_flags, config_flags, one_of
 from toolbox.features import cache_features
 from toolbox.weights import leak
 
@@ -82,14 +83,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, common.TrainConfi
                                 ("tune", tune, method.TUNES)):
         if value not in values:
             p.error(f"--{name} {value}: must be one of {', '.join(values)}")
-    common.add_config_flags(p, method.config(backbone, variant, args.dataset, tune=tune))
+    add_config_flags(p, method.config(backbone, variant, args.dataset, tune=tune))
     args = p.parse_args(words)
     if args.accumulate < 1 or args.log_every < 1 or args.workers < 0 or not 0 <= args.seed < 2**31:
         p.error("--accumulate and --log-every must be positive, --workers not negative, --seed 0 to 2147483647")
     args.note = "the tiny towers are random, so nothing is worth freezing: --tune full, everything is trained" if \
         args.tune is None and random_tiny else ""
     args.backbone, args.variant, args.weights, args.tune = backbone, variant, weights, tune
-    return args, method.config(backbone, variant, args.dataset, tune=tune, **common.config_flags(args, method.Config))
+    return args, method.config(backbone, variant, args.dataset, tune=tune, **config_flags(args, method.Config))
 
 
 @dataclass
@@ -157,7 +158,7 @@ def prepare(args: argparse.Namespace, c: common.TrainConfig, process: Process, o
                         f"{args.accumulate} parts each; a multiple of {args.accumulate * process.world_size} can.")
     # model
     method, device = load_method(args.method), process.device
-    model = common.build(method, c, args.weights, args.seed).to(device)
+    model = runs.build(method, c, args.weights, args.seed).to(device)
     info = describe(args, c, process, model, train_source)
     features = cache_features(args, model, train_source, info["frozen"], process, stop)
     process.on_main(lambda: runs.write_config(out, info))
@@ -186,13 +187,13 @@ def prepare(args: argparse.Namespace, c: common.TrainConfig, process: Process, o
 
 def describe(args: argparse.Namespace, c: common.TrainConfig, process: Process, model, train_source) -> dict:
     """What a checkpoint says of its run: all that is needed to build its model anew, and where it came from."""
-    origin = common.origin(args.weights)
+    origin = runs.origin(args.weights)
     return dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, seed=args.seed,
                 frozen=common.fingerprint(model), dataset=args.dataset, data_root=args.data_root,
                 val_split=args.val_split, amp=choose_amp(args.amp, process.device), accumulate=args.accumulate, workers=args.workers,
                 processes=process.world_size, device=str(process.device), cache_features=args.cache_features,
                 origin=origin, note=getattr(train_source, "note", ""), leak=leak(args.method, origin, args.dataset),
-                versions=common.versions())
+                versions=runs.versions())
 
 
 def choose_amp(amp: str, device: torch.device) -> str:

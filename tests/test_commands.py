@@ -22,7 +22,8 @@ import common
 import data
 import evaluate
 import train
-from toolbox import baselines, costs, shapes
+from toolbox import baselines, costs, runs, shapes
+from toolbox.cli import config_from_json
 from tests.test_data import make_refer
 
 ROOT = Path(__file__).parents[1]
@@ -334,7 +335,7 @@ def test_etris_from_training_to_a_prediction(tmp_path, backbone):
         tokens = model.tokenize(["red circle", "left"])
         with torch.no_grad():
             assert torch.equal(model(images, tokens), again(images, tokens))
-        first = common.build(__import__("etris"), model.c, str(tmp_path / "run"), 0).state_dict()
+        first = runs.build(__import__("etris"), model.c, str(tmp_path / "run"), 0).state_dict()
         still = {k for k in after if torch.equal(after[k], first[k])}
         parameters = {k for k, _ in model.named_parameters()}
         assert still & parameters == {k for k in parameters if k.startswith("bridgers.")}  # their rate was 0
@@ -472,7 +473,7 @@ def test_shared_ris_from_training_to_a_prediction(tmp_path, capsys):
     train.main([*flags, "--drop-path", "0.2", "--checkpointing", "--accumulate", "1", "--out", str(tmp_path / "less")])
     assert log_of(tmp_path / "less") == lines
     # its encoder for another run: the method trains it further, frozen leaves it alone
-    first = common.build(__import__("shared_ris"), common.config_from_json(
+    first = runs.build(__import__("shared_ris"), config_from_json(
         evaluate.load_method("shared_ris").Config, info["config"], "x"), str(tmp_path / "run"), 0).state_dict()
     for tune in "method", "frozen":
         out = tmp_path / tune

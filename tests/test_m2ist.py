@@ -15,6 +15,7 @@ import common
 import m2ist
 from common import UserError, count, fingerprint, trained_state
 from tests.test_common import two_steps
+from toolbox import runs
 from toolbox import weights as released
 from toolbox.costs import saved_bytes
 from toolbox.tokenizers import SEP
@@ -173,7 +174,7 @@ def weights_of(folder, detr="detr-r50-unc.pth"):
 @pytest.mark.parametrize("file", ["detr-r50-unc.pth", "hf.safetensors", "timm.safetensors"])
 def test_published_files_load_whole_and_compute_the_same(published, file):
     folder, detr, bert = published
-    model = common.build(m2ist, m2ist.config(), weights_of(folder, file), 0).eval()
+    model = runs.build(m2ist, m2ist.config(), weights_of(folder, file), 0).eval()
     images = torch.randn(2, 4, 128, 160)
     images[:, 3] = 0
     images[1, 3, :, 96:] = 1
@@ -415,7 +416,7 @@ def test_what_the_encoders_share():
 
 
 def test_every_way_to_tune_starts_from_the_same_head():
-    models = [common.build(m2ist, m2ist.config("tiny", tune=tune), "random", 0)
+    models = [runs.build(m2ist, m2ist.config("tiny", tune=tune), "random", 0)
               for tune in ("method", "frozen", "full", "lora")]
     heads = [[p for m in model.parts()["head"] for p in m.parameters()] for model in models]
     assert all(torch.equal(a, b) for head in heads[1:] for a, b in zip(heads[0], head, strict=True))
@@ -433,7 +434,7 @@ def test_starts():
 
 @pytest.mark.parametrize("insertion", ["side", "parallel", "sequential"])
 def test_added_starts_exactly_as_frozen(insertion):
-    frozen, method = (common.build(m2ist, m2ist.config("tiny", **flags), "random", 0).train() for flags in (
+    frozen, method = (runs.build(m2ist, m2ist.config("tiny", **flags), "random", 0).train() for flags in (
         dict(tune="frozen"), dict(side="added", insertion=insertion)))
     images, tokens, boxes = inputs(frozen, 4)
     outputs = [model(images, tokens) for model in (frozen, method)]

@@ -21,6 +21,7 @@ from common import UserError, count, fingerprint, trained_names, trained_state
 from tests.test_common import attention, linear, norm, shuffle, two_steps
 from tests.test_data import make_refer
 from toolbox import weights
+from toolbox.cli import field_help
 from toolbox.costs import saved_bytes
 from toolbox.tokenizers import PAD, SentencePieces
 
@@ -617,7 +618,7 @@ def test_the_head_starts_the_same_for_every_way_to_tune():
 
 
 def test_every_setting_has_a_line_of_help():
-    described = common.field_help(shared_ris.Config)
+    described = field_help(shared_ris.Config)
     assert {f.name for f in fields(shared_ris.Config)} == described.keys()
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import common
-from common import METHODS, Parser, Process, UserError, count, one_of, parameters, run_command, trained_state
+from common import METHODS, Process, UserError, count, parameters, run_command, trained_state
+from toolbox import runs
+from toolbox.cli import Parser, add_config_flags, config_flags, one_of, print_table, write_result
 
 
 
@@ -145,7 +147,7 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
             for flags in varied(args, method, names):
                 c = method.config(*names, **flags)
                 process.print(f"building {name} {backbone} (--tune {c.tune}) with random weights ...")
-                model = common.build(method, c, "random", 0).to(process.device)
+                model = runs.build(method, c, "random", 0).to(process.device)
                 about = dict(method=name, backbone=backbone, variant=c.variant, tune=c.tune)
                 about |= {k: getattr(c, k) for k in args.vary} | dict(image_size=model.preprocess.size)
                 same.append(about | efficiency(model, args.time) | dict(paper=printed(method, c)))
@@ -154,7 +156,7 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
         if args.json != "-":
             for key in dict.fromkeys((row["method"], row["backbone"]) for row in rows):
                 print_efficiency([row for row in rows if (row["method"], row["backbone"]) == key])
-        common.write_result(args.json, rows)
+        write_result(args.json, rows)
 
 
 def beside_full(rows: list[dict]) -> list[dict]:
@@ -175,7 +177,7 @@ def print_efficiency(rows: list[dict]) -> None:
     print(f"{first['method']} {first['backbone']}" + f" ({first['variant']})" * (first["variant"] != first["method"]) +
           f", on {first['device']}; bytes and seconds are those of one image; 1 multiply-add = 2 FLOPs")
     hidden += tuple(k for k in first if all(row[k] is None for row in rows))
-    common.print_table([{k: "" if v is None else v for k, v in row.items() if k not in hidden} for row in rows])
+    print_table([{k: "" if v is None else v for k, v in row.items() if k not in hidden} for row in rows])
     for n, row in enumerate(rows, 1):
         which = f"  row {n}: " if len(rows) > 1 else "  "
         print(which + f"{row['params_total']:,} parameters: " + ", ".join(map(part_line, *zip(*row["parts"].items()))))
@@ -192,7 +194,7 @@ def part_line(name: str, part: dict) -> str:
 
 def varied(args: argparse.Namespace, method, names: tuple[str, str, str]) -> list[dict]:
     """The flags of a configuration, and with --vary also those of one for each other value of these settings."""
-    flags = common.config_flags(args, method.Config) | dict(tune=args.tune or method.TUNES[0])
+    flags = config_flags(args, method.Config) | dict(tune=args.tune or method.TUNES[0])
     out = [flags]
     for name in args.vary:
         values = [t for t in method.TUNES if "+" not in t] if name == "tune" else choices(method.Config, name)
@@ -232,7 +234,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             p.error(f"--{name} needs --method")
     if known.method:
         method = methods[0]
-        common.add_config_flags(p, method.config(known.backbone or next(iter(method.BACKBONES)),
+        add_config_flags(p, method.config(known.backbone or next(iter(method.BACKBONES)),
                                                  known.variant or method.VARIANTS[0], tune=known.tune or "method"))
     args = p.parse_args(argv)
     if args.time < 0:

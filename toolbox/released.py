@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -110,7 +109,6 @@ def load_released(ckpt: str, dataset: str | None, process: Process) -> tuple[tor
             (c, state), method = found, common.load_method(name)
             model = method.Model(c, "random")
             load_exactly(model, state, file, f"the released {method.Model.__name__} with {c.backbone}")
-            model.preprocess = replace(model.preprocess, fit="warp")
             process.print(f"{ckpt}: released weights of {name} ({c.variant}), {c.backbone}, {c.image_size} pixels, "
                           f"{c.words} tokens, as for {trained}")
             if guess not in (None, trained):

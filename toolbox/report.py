@@ -22,7 +22,7 @@ import common
 import data
 from common import writing
 from evaluate import MAIN_METRIC, SIZES, ask, expressions
-from toolbox import draw
+from toolbox import draw, runs
 
 SIDE = 300                                                       # of an example's pictures, pixels
 EXAMPLES = 60
@@ -57,7 +57,7 @@ def write_report(args: argparse.Namespace, model, info: dict, source, rows: list
     if args.shuffle_text:
         title += " (sentences shuffled)"
     shown = [{k: v for k, v in row.items() if k not in ("by_size", "leak")} for row in rows]
-    write_page(args.report, title, shown, pieces, examples, facts | dict(measured_with=common.versions()))
+    write_page(args.report, title, shown, pieces, examples, facts | dict(measured_with=runs.versions()))
 
 
 def data_url(picture: Image.Image, side: int | None = None) -> str:

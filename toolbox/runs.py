@@ -6,12 +6,15 @@ import argparse
 import dataclasses
 import json
 import os
+import platform
+import re
 import signal
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -246,3 +249,62 @@ def errors_in_a_sentence(args: argparse.Namespace, c: common.TrainConfig, proces
                     "a smaller --image-size or backbone may do")
             raise UserError(f"memory is not enough for {n} pictures at a time in each process: {less} ({why}).") from None
         raise
+
+
+# Building a model, from released weights or from the towers of another run
+
+
+def is_run(weights: str) -> bool:
+    """Whether --weights names a run folder or its checkpoint: not a keyword, nor files that others released."""
+    return weights not in ("random", "pretrained") and (
+        os.path.isdir(weights) or os.path.basename(weights) == "model.safetensors" and "," not in weights)
+
+
+def build(method, config: common.TrainConfig, weights: str, seed: int) -> torch.nn.Module:
+    """The method's model with random weights, released ones, or the towers that another run trained. What is random
+    depends on `seed` alone."""
+    torch.manual_seed(seed)
+    model = method.Model(config, "random" if is_run(weights) else weights)
+    if is_run(weights):
+        load_towers(model, weights, method.__name__)
+    return model
+
+
+def load_towers(model: torch.nn.Module, run: str, method: str) -> None:
+    """Loads the towers that another run trained. Raises UserError where it trained none, or others."""
+    info, state = common.read_checkpoint(run)
+    if info["method"] != method or info["config"]["backbone"] != model.c.backbone:
+        raise UserError(f"--weights {run}: a run of {info['method']} with {info['config']['backbone']}, "
+                        f"not of {method} with {model.c.backbone}.")
+    towers = model.parts()["backbone"]
+    prefixes = tuple(n + "." for n, m in model.named_modules() if any(m is t for t in towers))
+    state = {k: v for k, v in state.items() if k.startswith(prefixes)}
+    if not state or info["frozen"]:
+        raise UserError(f"--weights {run}: that run trained no towers (it was --tune {info['config']['tune']}); "
+                        "give its own --weights, or a run with --tune full.")
+    own = model.state_dict()
+    # LoRA's parametrization renames the weight that it changes
+    renamed = {re.sub(r"parametrizations\.(\w+)\.original$", r"\1", k): k for k in own}
+    state = {renamed.get(k, k): v for k, v in state.items()}
+    odd = [k for k, v in state.items() if k not in own or not common.same_shape(k, own[k], v)]
+    if odd:
+        raise UserError(f"--weights {run}: its towers do not fit these settings: {min(odd)} is "
+                        f"{tuple(state[min(odd)].shape)} there.")
+    model.load_state_dict(state, strict=False)
+
+
+def origin(weights: str) -> str:
+    """What the towers came from in the first place: of a run, what its own came from."""
+    if not is_run(weights):
+        return weights
+    info, _ = common.read_checkpoint(weights, tensors=False)
+    return info.get("origin", info["weights"])
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the libraries that a run depends on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in "torchvision", "transformers", "open_clip_torch", "sentencepiece", "numpy", "pillow":
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

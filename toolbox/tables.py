@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import common
-from common import METHODS, Parser, count, one_of, parameters, run_command
+from common import METHODS, count, parameters, run_command
+from toolbox.cli import Parser, one_of, print_table, write_result
 from toolbox.costs import forward_gflops
 
 
@@ -403,7 +404,7 @@ def print_rows(rows: list[dict]) -> None:
         shown.append({"row": row["row"], "ours": ours, "printed": theirs, "": same + "*" * bool(row["note"])}
                      | {k: "" if v is None else f"{v:.2f}" for k, v in row["quoted"].items()}
                      | {"command": row["command"]})
-    common.print_table(shown, left=("row", "command"))
+    print_table(shown, left=("row", "command"))
     for note in dict.fromkeys(row["note"] for row in rows if row["note"]):
         print("  * " + ", ".join(row["row"] for row in rows if row["note"] == note) + ": " + note)
     print()
@@ -421,7 +422,7 @@ def main(argv: list[str] | None = None) -> None:
         print("Our sizes are exact for the command; a * has a note. The figures behind them are the papers', "
               "measured by their authors; columns with + or g are of --dataset refcoco+ and refcocog_umd or "
               "refcocog_google. For DATA see docs/data.md.")
-    common.write_result(args.json, rows)
+    write_result(args.json, rows)
 
 
 if __name__ == "__main__":
