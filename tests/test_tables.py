@@ -21,6 +21,7 @@ from common import UserError, count, fingerprint, parameters, trained_names
 from toolbox import baselines, costs, tables
 from toolbox.baselines import baseline_of
 from toolbox.tables import agrees
+from toolbox.weights import leak
 from tests.test_common import attention, two_steps
 from tests.test_commands import ROOT, few_pictures  # noqa: F401
 
@@ -57,16 +58,15 @@ TUNED = {
 FPN_DECODER = {
     "I": [(6_830_592, 8_660_992)],
     "III": [(393_728, 4_983_296), (6_830_592, 4_983_296), (393_728, 8_660_992), (6_830_592, 8_660_992)],
-    "IV": [(6_830_592, 8_660_992)],
     "V": [(6_830_592, 4_983_296), (6_830_592, 8_660_992)],
     "VII": [(393_728, 8_660_992), (3_415_552, 8_660_992), (5_123_072, 8_660_992), (6_830_592, 8_660_992),
             (6_830_592, 8_660_992), (36_260_352, 8_660_992), (6_830_592, 8_660_992)],
-    "VIII": [(6_830_592, 4_983_296), (6_830_592, 8_660_992), (6_830_592, 11_813_376), (6_830_592, 8_660_992),
+    "VIII": [(6_830_592, 8_660_992), (6_830_592, 11_813_376), (6_830_592, 8_660_992),
              (6_830_592, 8_660_992 - 3_152_384 + 8_409_088), (6_830_592, 8_660_992)],
     "IX": [(6_830_592, 8_660_992), (7_354_880, 8_660_992), (7_354_880, 8_660_992)],
 }
 DIFFER = dict(  # rows whose printed sizes are not ours
-    dcris={"1": ["DCRIS-L"], "2": ["Full-Tuning", "Compacter", "ETRIS", "DCRIS-B, 3 layers"], "5": ["6", "7"]},
+    dcris={"2": ["Full-Tuning", "Compacter", "ETRIS", "DCRIS-B, 3 layers"], "5": ["6", "7"]},
     etris={"1": ["ETRIS, ResNet-50"], "2": ["Adapter", "Compacter"], "3": ["ETRIS, ResNet-50", "ETRIS, ViT-B-16"],
            "4": ["n/2 -> n, 1", "2 -> n, 2"], "8": ["Adapter", "Adapter+ETRIS"]},
     m2ist={"I": ["Fully fine-tuning", "Adapter", "AdaptFormer", "CM Adapter", "M2IST"],
@@ -111,10 +111,13 @@ def test_every_row_says_how_to_train_it_and_why_it_differs(paper, capsys):
         args, c = train.parse(words[2:])  # as the shell would give them
         assert args.method == row.flags.get("method", paper) and args.data_root == "DATA"
         assert (c, args.dataset) == tables.row_config(MODULES[args.method], row, table)
-        assert len(row.quoted) == len(table.columns) == len(r["quoted"])
+        cells, n = [cell for cell in row.cells.split() if cell != "-"], len(r["printed"])  # sizes, then figures
+        assert list(r["printed"].values()) == cells[:n]
+        assert [v for v in r["quoted"].values() if v is not None] == list(map(float, cells[n:]))
+        assert not leak(args.method, args.weights, args.dataset), r["command"]
         differs = r["row"] in DIFFER[paper].get(r["table"], [])
-        assert r["match"] is (not differs if row.printed else None) and (r["note"] or not differs), r
-        assert r["ours"].keys() == (row.printed.keys() or {"tuned", "head"})
+        assert r["match"] is (not differs if r["printed"] else None) and (r["note"] or not differs), r
+        assert r["ours"].keys() == (r["printed"].keys() or {"tuned", "head"})
 
 
 def test_the_tables_for_people(capsys):
@@ -122,7 +125,32 @@ def test_the_tables_for_people(capsys):
     out = capsys.readouterr().out
     line, = (s for s in out.splitlines() if s.startswith("n/2 -> n, 1"))
     assert "297,664" in line and "0.29M" in line and "differs*" in line and line.endswith("--bridger-stages 3")
-    assert "  * n/2 -> n, 1: 0.298M, cut off" in out and "Table 8" in out and "120,737,632" in out
+    assert "  * n/2 -> n, 1: the printed count is cut off" in out and "Table 8" in out and "120,737,632" in out
+    tables.main(["--method", "dcris"])
+    out = capsys.readouterr().out
+    cells = [line.split() for line in out.splitlines()]
+    large, = (c for c in cells if c[:1] == ["DCRIS-L*"] and "82.9" in c)
+    assert large[large.index("82.9") - 1:][:10] == "- 82.9 77.9 73.3 78.3 65.8 74.1 75.5 - 76.1".split()  # as printed
+    assert any(c[:2] == ["256,", "128"] and "76.40" in c for c in cells) and "dcris, Table 1 (IoU)" in out
+
+
+def test_what_the_notes_say():
+    """The mixed DETRIS-L, the val that is missing in our copy of DCRIS, and the public code's C_d beside Table IX."""
+    dcris = MODULES["dcris"]
+    c = dcris.config("dinov2-large", "detris", "mixed", visual_dim=384, text_dim=384, visual_layers=tuple(range(1, 24)),
+                     text_layers=tuple(range(1, 12)))
+    assert f"{tables.row_sizes('dcris', c)['tuned']:,}" == "33,331,360" and "33,331,360" in tables.LARGE_MIXED
+    for row in tables.DCRIS["1"].rows:
+        figures = tables.printed_cells(tables.DCRIS["1"], row)[1]
+        average = float(figures.pop("avg"))
+        given = [float(v) for v in figures.values() if v != "-"]
+        if figures["val"] == "-":
+            assert round(8 * average - sum(given), 1) == 81.0 and "81.0 (+- 0.4)" in row.note
+        else:
+            assert round(sum(given) / 9, 1) == average
+    etris = MODULES["etris"]
+    assert etris.config(tune="full", connect=True).tower_lr == 1.0  # of the head's rate
+    assert tables.printed(etris, etris.config("RN50"))["notes"] == [tables.RN50, tables.RN50_HEAD]
 
 
 def small(method, c):
@@ -437,13 +465,17 @@ def test_efficiency_is_asked_for_a_method(capsys):
             costs.main(words)
 
 
-def test_the_papers_memory_stands_beside_ours():
+def test_the_papers_memory_stands_beside_ours(capsys):
     m2ist = MODULES["m2ist"]
     row = tables.printed(m2ist, m2ist.config())
     assert row["tuned"] == "3.19M" and row["GB at 64"] == 15.44 and row["tables"] == "I II IV V VI VII IX X".split()
+    about = dict(method="m2ist", backbone="tiny", variant="m2ist", tune="method", paper=row | dict(notes=["one", "two"]))
+    costs.print_efficiency([costs.efficiency(build("m2ist", "method")) | about])
+    said = "  the paper: tuned 3.19M, GB at 64 15.44 (Table I, II, IV, V, VI, VII, IX, X); one; two"
+    assert said in capsys.readouterr().out
     dcris = MODULES["dcris"]
     assert tables.printed(dcris, dcris.config()) == dict(
-        tables=["2", "4", "5"], tuned="2.69M", percent="1.79%", note=tables.PERCENT)
+        tables=["2", "4", "5"], tuned="2.69M", percent="1.79%", notes=[tables.PERCENT])
     rows = [dict(tune=t, saved_bytes_per_image=n, paper=tables.printed(m2ist, m2ist.config(tune=t)))
             for t, n in (("method", 30), ("full", 100))]
     costs.beside_full(rows)

@@ -20,7 +20,6 @@ from toolbox import runs
 from toolbox.cli import Parser, add_config_flags, config_flags, one_of, print_table, write_result
 
 
-
 def saved_bytes(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor) -> int:
     """Bytes that one training forward keeps for backward: unique storages, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
@@ -102,15 +101,15 @@ def efficiency(model: nn.Module, timed: int = 0) -> dict:
         optimizer_bytes=sum(2 * p.nbytes + 4 for p in trained),  # two moments, and a count of steps
         checkpoint_bytes=sum(t.nbytes for t in trained_state(model).values()))  # without its header, the tensors' names
     out |= times(model, images, tokens, target, timed) if timed else dict(step_seconds_per_image=None)
-    return out | dict(
-        device=torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads")
+    names = dict(cuda=torch.cuda.get_device_name, cpu=lambda: f"cpu, {torch.get_num_threads()} threads")
+    return out | dict(device=names.get(device.type, lambda: device.type)())
 
 
 def times(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor, n: int) -> dict[str, float]:
     """Medians of n after a first that does not count: seconds per image of a forward, and of a training step but for
     the optimizer's; the peak of memory is that of these steps, on CUDA."""
-    cuda, medians = images.device.type == "cuda", {}
-    if cuda:
+    kind, medians = images.device.type, {}
+    if kind == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
     def forward() -> None:
@@ -127,11 +126,11 @@ def times(model: nn.Module, images: Tensor, tokens: Tensor, target: Tensor, n: i
         for _ in range(n + 1):
             begin = time.perf_counter()
             run()
-            if cuda:
-                torch.cuda.synchronize()
+            if kind != "cpu":
+                torch.accelerator.synchronize()
             seconds.append(time.perf_counter() - begin)
         medians[name] = round(float(np.median(seconds[1:])) / len(images), 4)
-    return medians | (dict(cuda_peak_mib=round(torch.cuda.max_memory_allocated() / 2**20)) if cuda else {})
+    return medians | (dict(cuda_peak_mib=round(torch.cuda.max_memory_allocated() / 2**20)) if kind == "cuda" else {})
 
 
 def show_efficiency(args: argparse.Namespace, process: Process) -> None:
@@ -152,10 +151,9 @@ def show_efficiency(args: argparse.Namespace, process: Process) -> None:
                 about |= {k: getattr(c, k) for k in args.vary} | dict(image_size=model.preprocess.size)
                 same.append(about | efficiency(model, args.time) | dict(paper=printed(method, c)))
             rows += beside_full(same)
+            if process.is_main and args.json != "-":
+                print_efficiency(same)
     if process.is_main:
-        if args.json != "-":
-            for key in dict.fromkeys((row["method"], row["backbone"]) for row in rows):
-                print_efficiency([row for row in rows if (row["method"], row["backbone"]) == key])
         write_result(args.json, rows)
 
 
@@ -180,16 +178,14 @@ def print_efficiency(rows: list[dict]) -> None:
     print_table([{k: "" if v is None else v for k, v in row.items() if k not in hidden} for row in rows])
     for n, row in enumerate(rows, 1):
         which = f"  row {n}: " if len(rows) > 1 else "  "
-        print(which + f"{row['params_total']:,} parameters: " + ", ".join(map(part_line, *zip(*row["parts"].items()))))
+        parts = [f"{name} {part.get('params', 0):,} with {part.get('gflops', 0):.2f} GFLOPs"
+                 for name, part in row["parts"].items()]
+        print(which + f"{row['params_total']:,} parameters: " + ", ".join(parts))
         if row["paper"]:
-            print(which + "the paper: " + ", ".join(f"{k} {v}" for k, v in row["paper"].items()))
+            printed = [f"{k} {v}" for k, v in row["paper"].items() if k not in ("tables", "notes")]
+            where = f"(Table {', '.join(row['paper']['tables'])})"
+            print(which + "the paper: " + "; ".join([f"{', '.join(printed)} {where}", *row["paper"]["notes"]]))
     print()
-
-
-def part_line(name: str, part: dict) -> str:
-    said = ([f"{part['params']:,}"] if "params" in part else []) + (
-        [f"{part['gflops']:.2f} GFLOPs"] if "gflops" in part else [])
-    return f"{name} {' with '.join(said)}"
 
 
 def varied(args: argparse.Namespace, method, names: tuple[str, str, str]) -> list[dict]:
@@ -197,19 +193,16 @@ def varied(args: argparse.Namespace, method, names: tuple[str, str, str]) -> lis
     flags = config_flags(args, method.Config) | dict(tune=args.tune or method.TUNES[0])
     out = [flags]
     for name in args.vary:
-        values = [t for t in method.TUNES if "+" not in t] if name == "tune" else choices(method.Config, name)
+        kind = typing.get_type_hints(method.Config).get(name)
+        values = (False, True) if kind is bool else ()
+        if name == "tune":
+            values = [t for t in method.TUNES if "+" not in t]
+        elif typing.get_origin(kind) is typing.Literal:
+            values = typing.get_args(kind)
+        if not values:
+            raise UserError(f"--vary {name}: {method.__name__} has no such setting with a few values.")
         out += [flags | {name: v} for v in values if v != getattr(method.config(*names, **flags), name)]
     return out
-
-
-def choices(config_class: type, name: str) -> tuple:
-    """The values of a field that has a few. Raises UserError for any other."""
-    kind = typing.get_type_hints(config_class).get(name)
-    if typing.get_origin(kind) is typing.Literal:
-        return typing.get_args(kind)
-    if kind is bool:
-        return False, True
-    raise UserError(f"--vary {name}: {config_class.__module__} has no such setting with a few values.")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -223,7 +216,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--time", type=int, nargs="?", const=5, default=0, metavar="N",
                    help="seconds too, the median of N times (5)")
     p.add_argument("--json", metavar="FILE", help="- for standard output, and then nothing else goes there")
-    p.add_argument("--device", default="auto", **one_of("auto", "cuda", "cpu"))
+    p.add_argument("--device", default="auto", **one_of("auto", "cuda", "mps", "cpu"))
     known, _ = p.parse_known_args([a for a in (sys.argv[1:] if argv is None else argv) if a not in ("-h", "--help")])
     methods = [common.load_method(n) for n in ([known.method] if known.method else METHODS)]
     for name in "backbone", "variant", "tune":
