@@ -260,6 +260,61 @@ def test_a_checkpoint_of_a_baseline(name, tune, tmp_path):
     train.main([*quick, "--dataset", "shapes-shift", "--weights", towers, "--tune", tune, "--out", run, "--resume"])
 
 
+# the documents
+
+
+COUNT = r"\b\d{1,3}(?:,\d{3})+\b(?! MiB)"
+TITLES = {"DCRIS": "dcris", "ETRIS": "etris", "M2IST": "m2ist", "Shared-RIS": "shared_ris"}
+
+
+def counts(name, *words):
+    """Parameters of the adapters, of the head, and all that are trained, of a command."""
+    method, c = MODULES[name], train.parse(["--method", name, *words])[1]
+    with torch.device("meta"):
+        model = method.Model(c, "random")
+    parts = {part: sum(p.numel() for p in ps) for part, ps in parameters(model).items()}
+    return {parts["adapter"], parts["head"], count(model, trainable=True)}
+
+
+@pytest.mark.parametrize("page, data, rows", [("costs.md", "refcoco", 20), ("tiny.md", "shapes-shift", 19)])
+def test_the_counts_in_the_documents(page, data, rows):
+    """A row of a table has the counts of the flags that it names; what the text says is counted above."""
+    text = (ROOT / "docs" / page).read_text()
+    for section in text.split("\n## ")[1:]:
+        name = next((v for k, v in TITLES.items() if k in section.splitlines()[0]), None)
+        for label, cells in re.findall(r"^\| ([^|]*) \|(.*)\|$", section, re.MULTILINE):
+            if found := {int(n.replace(",", "")) for n in re.findall(COUNT, cells)}:
+                words = shlex.split(" ".join(re.findall(r"`(.*?)`", label)))
+                tune = label if label in MODULES[name].TUNES else "method"
+                assert found <= counts(name, "--dataset", data, "--tune", tune, *words), (page, label)
+                rows -= 1
+    known = {n for sizes in TUNED.values() for n in sizes} | {
+        n for table in FPN_DECODER.values() for sizes in table for n in sizes}
+    known |= counts("dcris", "--dataset", data, "--variant", "detris") | counts(
+        "dcris", "--dataset", data, "--variant", "detris", "--backbone", "dinov2-large") if data == "refcoco" else set()
+    known |= {598_592, 2_987_520, 198_274, 3 * (2 * 512 * 512 + 2 * 512)}  # public code; attention over one key
+    prose = "\n".join(line for line in text.splitlines() if not line.startswith("|"))
+    large = {n for m in re.findall(COUNT, prose) if (n := int(m.replace(",", ""))) >= 10_000}
+    assert rows == 0 and large <= known, large - known
+
+
+def test_what_the_documents_say_of_the_tables():
+    """How many rows have printed sizes, and how many of these are ours: all but DIFFER."""
+    text = " ".join((ROOT / "docs" / "tables.md").read_text().split())
+    rows = [(name, table, row) for name in METHODS for table in tables.TABLES[name].values() for row in table.rows]
+    sized = [name for name, table, row in rows if tables.printed_cells(table, row)[0]]
+    same = {name: sized.count(name) - sum(map(len, DIFFER[name].values())) for name in METHODS}
+    assert f"({len(rows)} of them)" in text
+    assert f"Of the {len(sized)} rows with printed sizes, {sum(same.values())} agree" in text
+    assert all(f"{title} {same[name]} of {sized.count(name)}" in text for title, name in TITLES.items())
+    results = re.findall(r"^\| ([\w-]+)[^|]*\| ([\d./ ]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    for title, figures in results:  # the papers' own digits
+        if title in TITLES:
+            cells = figures.replace(" / ", " ")
+            assert any(cells in row.cells for name, _, row in rows if name == TITLES[title]), figures
+    assert len(results) == 14
+
+
 def test_the_sizes_in_the_documents():
     """Of every way to tune at full size, in its table of baselines."""
     rows = re.findall(r"^\| `(\w[\w-]*)` \|[^|]*\|(.*)\|$", (ROOT / "docs" / "tables.md").read_text(), re.MULTILINE)
