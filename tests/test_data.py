@@ -14,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
 from pycocotools import mask as coco
 from torch.utils.data import DataLoader
 
 import data
 from common import Preprocess, UserError
-from toolbox import check, features, shapes
+from toolbox import augment, check, features, shapes
 
 ROOT = Path(__file__).parents[1]
 REAL = Path(os.environ.get("REAL_REFS", ROOT.parent / "shared" / "real_refs"))
@@ -170,6 +171,57 @@ def test_logits_come_back_to_the_right_place():
     assert abs(rows[0] - 0) <= 2 and abs(rows[-1] - 25) <= 2 and abs(columns[0] - 25) <= 2 and abs(columns[-1] - 50) <= 2
 
 
+def drawn(size, n, seed=0):
+    """Polygons of 1 to 8 % of a photograph (H, W), as masks."""
+    rng, found = np.random.default_rng(seed), []
+    while len(found) < n:
+        k = rng.integers(5, 11)
+        angle, radius = np.sort(rng.uniform(0, 2 * np.pi, k)), rng.uniform(0.5, 1, k)
+        radius = radius * np.sqrt(rng.uniform(0.01, 0.08) * size[0] * size[1] / np.pi) * 1.5
+        x, y = rng.uniform(0, size[1]), rng.uniform(0, size[0])
+        picture = Image.new("1", (size[1], size[0]))
+        ImageDraw.Draw(picture).polygon([(x + r * np.cos(a), y + r * np.sin(a)) for r, a in zip(radius, angle)], fill=1)
+        mask = np.array(picture)
+        if 0.01 <= mask.mean() <= 0.08:
+            found.append(mask)
+    return found
+
+
+@pytest.mark.parametrize("canvas, cells, size, fit, least", [
+    (416, 104, (480, 640), "letterbox", 96.5), (416, 104, (832, 832), "letterbox", 96.5),
+    (448, 128, (640, 480), "letterbox", 96.5), (448, 128, (500, 500), "letterbox", 96.5),
+    (480, 120, (480, 640), "letterbox", 96.5), (480, 120, (427, 640), "stretch", 96.5),
+    (480, 120, (960, 960), "stretch", 96.5), (64, 32, (64, 64), "letterbox", 95), (64, 32, (48, 64), "letterbox", 95)])
+def test_the_answer_comes_back_to_where_its_target_lay(canvas, cells, size, fit, least):
+    """A predictor that gives exactly its training target, the mean of the mask over a cell of the logits."""
+    pre, ious, moved = Preprocess(canvas, fit), [], []
+    for mask in drawn(size, 24):
+        target = F.interpolate(data.mask_to_canvas(mask, pre)[None, None], (cells, cells), mode="area")[0, 0]
+        assert target.min() >= 0 and target.max() <= 1 + 1e-6
+        back = (data.from_canvas(target.logit(1e-4), size, pre) > 0).numpy()
+        ious.append(100 * (back & mask).sum() / (back | mask).sum())
+        moved.append(np.subtract(*(np.argwhere(m).mean(0) for m in (back, mask))))
+    assert np.mean(ious) >= least and np.abs(np.mean(moved, 0)).max() < 0.2
+
+
+@pytest.mark.parametrize("size", [(60, 81), (500, 333), (1, 50)])
+def test_masks_are_warped_as_the_released_code_does(size):
+    """Linear interpolation written out, at places without a shift by half a pixel, rounded to 1/32; 0 outside."""
+    mask = np.random.default_rng(0).random(size) < 0.5
+    pre, s = Preprocess(112, "warp"), min(112 / n for n in size)
+    got = data.mask_to_canvas(mask, pre)
+    padded = np.pad(mask.astype(float), 200)
+    for y, x in [(0, 0), (56, 56), (111, 111), (20, 90), (1, 3), (50, 61)]:
+        at = [round((v - (112 - n * s) / 2) / s * 32) / 32 for v, n in zip((y, x), size)]
+        if any(not -190 < v < n + 190 for v, n in zip(at, size)):
+            continue
+        j, i = (int(np.floor(v)) for v in at)
+        fy, fx = at[0] - j, at[1] - i
+        window = padded[j + 200:j + 202, i + 200:i + 202]
+        assert got[y, x] == pytest.approx(np.array([1 - fy, fy]) @ window @ [1 - fx, fx], abs=1e-3), (y, x)
+    assert got.min() >= 0 and got.max() <= 1 and set(got.unique().tolist()) - {0.0, 1.0}
+
+
 def test_every_kind_of_picture_is_read_right(tmp_path):
     grey = np.linspace(0, 255, 12).astype(np.uint8).reshape(3, 4)
     colour = np.stack([grey, grey[::-1], grey[:, ::-1]], 2)
@@ -201,14 +253,17 @@ def test_broken_pictures_are_named(tmp_path):
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:9000])
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").write_bytes(b"")
-    for name, word in ("cut.jpg", "cannot be read"), ("text.jpg", "is not a picture"), ("empty.jpg", "is not a picture"), \
+    (tmp_path / "lfs.jpg").write_text("version https://git-lfs.github.com/spec/v1\n")
+    (tmp_path / "phone.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (tmp_path / "web.jpg").write_bytes(b"\0\0\0\x1cftypavif\0\0\0\0avifmif1")
+    (tmp_path / "folder.jpg").mkdir()
+    for name, word in ("lfs.jpg", "git lfs pull"), ("phone.heic", "AVIF or HEIC.*save it as JPEG"), (
+            "web.jpg", "AVIF or HEIC"), ("folder.jpg", "it is a folder; give the file"), \
+            ("cut.jpg", "cannot be read"), ("text.jpg", "is not a picture"), ("empty.jpg", "is not a picture"), \
             ("none.jpg", "no such picture"), ("", "cannot be read"):
         with pytest.raises(UserError, match=word) as e:
             data.read_image(tmp_path / name)
         assert name in str(e.value) and "\n" not in str(e.value)
-
-
-# REFER
 
 
 # boxes and augmentation
@@ -246,7 +301,7 @@ def test_a_channel_for_the_padding():
     ("the leftmost cross", "the rightmost cross"), ("right-hand side of the left cup", "left-hand side of the right cup"),
     ("righthand laptop", "lefthand laptop"), ("left of the brightest right", "right of the brightest left")])
 def test_left_and_right_are_swapped_as_words(sentence, mirror):
-    assert data.mirrored(sentence) == mirror and data.mirrored(mirror) == sentence
+    assert augment.mirrored(sentence) == mirror and augment.mirrored(mirror) == sentence
 
 
 @pytest.mark.parametrize("sentence, place", [
@@ -257,7 +312,7 @@ def test_only_words_for_places_keep_a_picture_from_being_cropped(sentence, place
     image = np.random.default_rng(0).integers(0, 255, (90, 120, 3)).astype(np.uint8)
     mask, cropped = np.ones((90, 120), dtype=bool), 0
     for k in range(60):
-        out = data.augment(image, mask, (40, 30, 60, 50), sentence, Preprocess(64), np.random.default_rng(k))[0]
+        out = augment.augment(image, mask, (40, 30, 60, 50), sentence, Preprocess(64), np.random.default_rng(k))[0]
         cropped += out.shape != image.shape
     assert cropped == 0 if place else 15 < cropped < 45
 
@@ -272,7 +327,7 @@ def test_augmented_pictures_keep_their_object():
         x2, y2 = int(rng.integers(x1 + 10, w)), int(rng.integers(y1 + 10, h))
         image, mask = np.zeros((h, w, 3), dtype=np.uint8), np.zeros((h, w), dtype=bool)
         image[y1:y2, x1:x2, 0], mask[y1:y2, x1:x2] = 255, True
-        out, m, box, sentence, place = data.augment(image, mask, (x1, y1, x2, y2), "dog to the left of a cat" if k % 2
+        out, m, box, sentence, place = augment.augment(image, mask, (x1, y1, x2, y2), "dog to the left of a cat" if k % 2
                                                     else "dog", pre, rng)
         top, left, ph, pw = place
         assert box[0] < box[2] and box[1] < box[3] and out.shape[:2] == m.shape
@@ -471,7 +526,7 @@ def set_(path, value):
     (set_(("refs", 0, "sentences"), []), ["ref 0", "empty"]),
     (set_(("refs", 0, "sentences", 0, "sent"), None), ["ref 0", "empty"]),
     (set_(("instances", "annotations", 0, "image_id"), 3), ["ref 0", "photograph is 1", "100 is 3"]),
-    (set_(("instances", "images", 0, "file_name"), "..\\a.jpg"), ["not a bare file name"]),
+    (set_(("instances", "images", 0, "file_name"), "..\\a.jpg"), ["no name in the folder"]),
     (set_(("refs", 0), {"ref_id": 0, "split": "train"}), ["ref 0", "incomplete", "ann_id"]),
     (set_(("refs", 0, "split"), None), ["ref 0", "split"]),
     (set_(("instances", "annotations", 0, "segmentation"), [[5, 5, 5, 5, 5, 5]]), ["annotation 100", "no pixel"]),
@@ -483,7 +538,7 @@ def set_(path, value):
     (set_(("instances", "annotations", 0, "segmentation"), [[1e9, 1, 5, 1e9, 3, 3]]), ["polygon"]),
     (set_(("instances", "annotations", 0, "segmentation"), [[float("nan"), 1, 5, 9, 3, 3]]), ["polygon"]),
     (set_(("instances", "annotations", 0, "segmentation"), {"size": [9, 9], "counts": "9"}), ["annotation 100"]),
-    (set_(("instances", "images", 0, "file_name"), "../../etc/passwd"), ["instances.json", "not a bare file name"]),
+    (set_(("instances", "images", 0, "file_name"), "../../etc/passwd"), ["instances.json", "no name in the folder"]),
     (set_(("instances", "images", 0, "file_name"), "none.jpg"), ["refcoco/train ref 0", "none.jpg", "no such picture"]),
     (set_(("instances", "images", 0, "width"), 61), ["60 x 40", "61 x 40"]),
     (set_(("instances", "images"), 7), ["instances.json"])])
@@ -493,6 +548,137 @@ def test_bad_records_are_named(tmp_path, change, words):
     with pytest.raises(UserError) as e:
         data.open_dataset("refcoco", "train", str(tmp_path)).read(0)
     assert all(w in str(e.value) for w in words) and "\n" not in str(e.value), e.value
+
+
+def test_annotations_of_other_layouts_are_explained(tmp_path):
+    make_refer(tmp_path)
+    edit(tmp_path, lambda refs, instances: refs[0].update(ann_id=[100, 101]))
+    with pytest.raises(UserError, match="ref 0: its ann_id is a list, as in gRefCOCO.*make a ref of each object"):
+        data.open_dataset("refcoco", "train", str(tmp_path))
+    edit(tmp_path, lambda refs, instances: [refs[0].update(ann_id=100), instances["annotations"][0].update(
+        segmentation=[5, 5, 20, 5, 20, 18])])
+    with pytest.raises(UserError, match="annotation 100: .* flat list of numbers.* list of polygons"):
+        data.open_dataset("refcoco", "train", str(tmp_path)).read(0)
+    refs_file, instances_file = tmp_path / "refcoco" / "refs(unc).p", tmp_path / "refcoco" / "instances.json"
+    whole = instances_file.read_bytes()
+    for content, said in (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"), (
+            b"<!DOCTYPE html><html>", "web page"), (b"PK\3\4....", "zip archive"):
+        instances_file.write_bytes(content)
+        with pytest.raises(UserError, match=f"instances.json is not COCO's JSON.*{said}"):
+            data.open_dataset("refcoco", "train", str(tmp_path))
+    instances_file.write_bytes(whole)
+    refs_file.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    with pytest.raises(UserError, match=r"refs\(unc\).p is not a whole pickle file.*git lfs pull"):
+        data.open_dataset("refcoco", "train", str(tmp_path))
+    refs_file.unlink()
+    refs_file.mkdir()
+    with pytest.raises(UserError, match=r"refs\(unc\).p is a folder, not a file"):
+        data.open_dataset("refcoco", "train", str(tmp_path))
+    with pytest.raises(UserError, match="instances.json is a file; give the folder in which refcoco and images lie"):
+        data.open_dataset("refcoco", "train", str(instances_file))
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../a.jpg", "a/../b.jpg", "a//b.jpg", "./a.jpg", "C:a.jpg", "C:/a.jpg",
+                                  "a\\b.jpg", "a\x1b[2J.jpg", "a\nb.jpg", "a\u2028b.jpg", "", "..", "a/", 7, "\ud800.jpg"])
+def test_file_names_that_leave_the_folder_are_refused(tmp_path, name):
+    make_refer(tmp_path)
+    edit(tmp_path, set_(("instances", "images", 0, "file_name"), name))
+    with pytest.raises(UserError, match="ref 0: its photograph's file_name in .*instances.json, .* is no name in the folder"):
+        data.open_dataset("refcoco", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize("name, stored", [
+    ("Screenshot 2025-01-01 at 9.41.00\u202fAM.jpg", None), ("trip/day 1/a.jpg", None), ("2025-01-01T09:41:00.jpg", None),
+    ("caf\u00e9.jpg", "cafe\u0301.jpg"), ("cafe\u0301.jpg", "caf\u00e9.jpg"), ("\u56fe" * 60 + ".jpg", None)])
+def test_file_names_of_ones_own(tmp_path, name, stored):
+    make_refer(tmp_path)
+    photos = tmp_path / "images" / "mscoco" / "images" / "train2014"
+    file = photos / (stored or name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    (photos / "COCO_train2014_000000000001.jpg").rename(file)
+    edit(tmp_path, set_(("instances", "images", 0, "file_name"), name))
+    assert data.open_dataset("refcoco", "train", str(tmp_path)).read(0).image.shape == (40, 60, 3)
+    assert check.main(["--check", "--data-root", str(tmp_path)]) == 0
+    file.unlink()
+    with pytest.raises(UserError, match="no such picture"):
+        data.open_dataset("refcoco", "train", str(tmp_path)).read(0)
+
+
+def test_a_file_name_too_long_for_the_system(tmp_path):
+    make_refer(tmp_path)
+    edit(tmp_path, set_(("instances", "images", 0, "file_name"), "\u56fe" * 200))
+    with pytest.raises(UserError, match="ref 0"):
+        data.open_dataset("refcoco", "train", str(tmp_path)).read(0)
+
+
+def test_sentences_of_refs_are_checked_as_those_of_the_command_line(tmp_path, capsys):
+    make_refer(tmp_path)
+    edit(tmp_path, set_(("refs", 0, "sentences", 1, "sent"), "the \ud800 dog"))
+    with pytest.raises(UserError, match="ref 0: the sentence .* holds bytes that are no text"):
+        data.open_dataset("refcoco", "train", str(tmp_path))
+    status, sets = found(tmp_path, capsys)
+    assert status == 1 and any("no text in UTF-8" in p for p in sets["refcoco"]["problems"])
+
+
+def test_text_of_python_2(tmp_path):
+    """Its str holds bytes: of UTF-8, or else of latin1."""
+    make_refer(tmp_path)
+    file = tmp_path / "refcoco" / "refs(unc).p"
+    refs = pickle.loads(file.read_bytes())
+    refs[0]["sentences"][0]["sent"], refs[0]["sentences"][1]["sent"] = "in the XXXXX", "in the YYYY"
+    content = pickle.dumps(refs, protocol=2)
+    for text, raw in ("in the XXXXX", "in the caf\u00e9".encode()), ("in the YYYY", "in the caf\u00e9".encode("latin1")):
+        whole = pickle.dumps(text, protocol=2)[2:2 + 5 + len(text)]  # BINUNICODE, four bytes of length, the text
+        assert content.count(whole) == 1
+        content = content.replace(whole, b"U" + bytes([len(raw)]) + raw)  # SHORT_BINSTRING
+    file.write_bytes(content)
+    assert data.open_dataset("refcoco", "train", str(tmp_path)).sentences(0) == ("in the caf\u00e9",) * 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_annotations_do_not_depend_on_the_locale(tmp_path, encoding):
+    make_refer(tmp_path)
+    file = tmp_path / "refcoco" / "instances.json"
+    instances = json.loads(file.read_text()) | dict(info="caf\u00e9 \u56fe")
+    file.write_bytes(json.dumps(instances, ensure_ascii=False).encode(encoding))
+    code = (f"import sys, data; assert sys.flags.utf8_mode == 0; "
+            f"print(len(data.open_dataset('refcoco', 'train', {str(tmp_path)!r})))")
+    env = dict(os.environ, LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+                          ).stdout.strip() == "2"
+
+
+def test_a_user_without_a_home_folder(tmp_path, monkeypatch):
+    make_refer(tmp_path)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as where neither HOME nor a password entry is there
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert len(data.open_dataset("refcoco", "train", str(tmp_path))) == 2
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_boxes_without_masks(tmp_path, capsys):
+    make_refer(tmp_path)
+
+    def change(refs, instances):
+        del instances["annotations"][0]["segmentation"]
+        instances["annotations"][4]["segmentation"] = []
+    edit(tmp_path, change)
+    boxes = data.open_dataset("refcoco", "train", str(tmp_path), task="box")
+    items = data.TrainSet(boxes, Preprocess(64, pad_channel=True, augment=True))
+    batch = data.collate([items[epoch, n] for epoch in range(4) for n in range(2)])
+    assert batch["image"].shape == (8, 4, 64, 64) and batch["box"].shape == (8, 4) and "mask" not in batch
+    pictures = data.PictureSet(data.EvalSet(boxes, PRE))
+    assert pictures[0]["boxes"] == [(5, 5, 28, 20)] * 2 and boxes.read(0).mask is None
+    with pytest.raises(UserError, match=r"refcoco/train ref 0 .*annotation 100 has no segmentation.*m2ist"):
+        data.open_dataset("refcoco", "train", str(tmp_path))
+    assert data.open_dataset("refcoco", "val", str(tmp_path)).read(0).mask.any()
+    status, sets = found(tmp_path, capsys)
+    assert status == 0 and any("2 of 5 objects have a box and no mask" in n for n in sets["refcoco"]["notes"])
+    edit(tmp_path, lambda refs, instances: instances["annotations"][0].pop("bbox"))
+    with pytest.raises(UserError, match="ref 0: its annotation 100 has neither segmentation nor bbox"):
+        data.open_dataset("refcoco", "train", str(tmp_path), task="box")
 
 
 def test_a_bad_record_does_not_keep_other_splits_from_being_read(tmp_path):
@@ -674,7 +860,7 @@ def test_the_parquet_mirror_has_the_same_records(tmp_path, monkeypatch):
             other = mirror.read(i)
             assert np.array_equal(other.mask, record.mask) and np.array_equal(other.image, record.image)
             assert (other.sentences, other.box, other.ref_id) == (record.sentences, record.box, record.ref_id)
-    assert data.main(["--check", "--data-root", str(tmp_path)]) == 0
+    assert check.main(["--check", "--data-root", str(tmp_path)]) == 0
     file = next((tmp_path / "refcoco").rglob("*.parquet"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another cache"))
     with pytest.MonkeyPatch.context() as m:
@@ -688,7 +874,7 @@ def test_the_parquet_mirror_has_the_same_records(tmp_path, monkeypatch):
 
 def found(root, capsys, *flags):
     """(exit status, what --check found of refcoco)"""
-    status = data.main(["--check", "--data-root", str(root), "--json", "-", *flags])
+    status = check.main(["--check", "--data-root", str(root), "--json", "-", *flags])
     return status, {d["dataset"]: d for d in json.loads(capsys.readouterr().out)}
 
 
@@ -700,9 +886,9 @@ def test_check_of_a_good_set(tmp_path, capsys):
     assert rows["train"] == dict(dataset="refcoco", split="train", images=2, objects=2, sentences=4, boxes=2,
                                  published_objects=42404, published_sentences=120624)
     assert "sizes not compared" in sets["refcoco"]["notes"][0]
-    assert data.main(["--check", "--data-root", str(tmp_path)]) == 0 and "0 problems" in capsys.readouterr().out
+    assert check.main(["--check", "--data-root", str(tmp_path)]) == 0 and "0 problems" in capsys.readouterr().out
     with pytest.raises(UserError, match="holds none of"):
-        data.main(["--check", "--data-root", str(tmp_path / "nothing")])
+        check.main(["--check", "--data-root", str(tmp_path / "nothing")])
     status, sets = found(tmp_path, capsys, "--dataset", "refcoco+")
     assert status == 1 and "refs(unc).p is missing" in sets["refcoco+"]["problems"][0]
 
@@ -738,6 +924,17 @@ def test_check_of_photographs(tmp_path, capsys, monkeypatch):
     assert status == 1 and [p.split(":")[0] for p in sets["refcoco"]["problems"]] == ["train ref 0", "val ref 1"]
     monkeypatch.setitem(check.PUBLISHED, "refcoco", dict(train=(3, 4), val=(1, 2), testA=(1, 2), testB=(1, 2)))
     assert "train has 2 objects, the published set 3" in found(tmp_path, capsys)[1]["refcoco"]["problems"]
+
+
+@pytest.mark.parametrize("n, turn, listed", [(0, 3, True), (0, 2, True), (0, 6, False), (1, 6, True), (0, 1, False)])
+def test_check_lists_photographs_whose_turn_their_size_does_not_tell(tmp_path, capsys, n, turn, listed):
+    make_refer(tmp_path)  # photograph 0 is 60 x 40, photograph 1 is square
+    photo, exif = sorted((tmp_path / "images").rglob("*.jpg"))[n], Image.Exif()
+    exif[0x0112] = turn
+    Image.open(photo).save(photo, exif=exif)
+    status, sets = found(tmp_path, capsys)
+    notes = [note for note in sets["refcoco"]["notes"] if photo.name in note]
+    assert status == 0 and len(notes) == listed and all(f"EXIF orientation {turn}" in note for note in notes)
 
 
 def test_check_of_splits_that_share_photographs_by_design(tmp_path, capsys):

@@ -24,7 +24,7 @@ import data
 import evaluate
 import train
 from common import UserError
-from toolbox import runs
+from toolbox import check, runs
 from toolbox.weights import read_weights
 from tests.test_commands import SMALL, few_pictures  # noqa: F401
 from tests.test_data import make_refer
@@ -129,7 +129,7 @@ def read_everything(root):
                 item = data.TrainSet(source, common.Preprocess(32, augment=True))[0, i]
                 assert torch.isfinite(item["image"]).all() and torch.isfinite(item["box"]).all()
     with guarded(root.parent):
-        data.main(["--check", "--data-root", str(root), "--json", str(root / "found.json")])
+        check.main(["--check", "--data-root", str(root), "--json", str(root / "found.json")])
 
 
 @pytest.mark.parametrize("what", ["refs", "instances", "photographs"])

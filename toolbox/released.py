@@ -18,16 +18,26 @@ from toolbox.weights import dinov2_state, fetch, load_exactly, read_weights, ren
 
 
 def warped(image: np.ndarray, pre: Preprocess) -> Tensor:
-    """(H, W, 3) uint8 -> (3, S, S) float32, as CRIS, ETRIS and DETRIS do it: cv2.warpAffine, cubic, without a shift by
-    half a pixel and without antialiasing; places are rounded to 1/32 of a pixel and values to 8 bits, as there."""
-    (h, w), s = image.shape[:2], pre.size
-    scale = min(s / h, s / w)
-    ys, xs = ((2 * ((torch.arange(s) - (s - n * scale) / 2) / scale * 32).round() / 32 + 1) / n - 1 for n in (h, w))
+    """(H, W, 3) uint8 -> (3, S, S) float32, as CRIS, ETRIS and DETRIS do it: cv2.warpAffine, cubic, values rounded to 8
+    bits as there."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (pre.mean, pre.std))
     x = torch.from_numpy(image.copy()).permute(2, 0, 1).float() - 255 * mean  # so that what lies outside is the mean
-    at = torch.stack([xs.float().expand(s, s), ys.float()[:, None].expand(s, s)], 2)[None]  # (1, S, S, 2)
-    x = F.grid_sample(x[None], at, mode="bicubic", padding_mode="zeros", align_corners=False)[0]
-    return ((x + 255 * mean).round().clamp(0, 255) / 255 - mean) / std
+    return ((warp(x, pre.size, "bicubic") + 255 * mean).round().clamp(0, 255) / 255 - mean) / std
+
+
+def warped_mask(mask: np.ndarray, pre: Preprocess) -> Tensor:
+    """(H, W) bool -> (S, S) float32 in 0..1, for training as they do it: cv2.warpAffine, linear."""
+    return warp(torch.from_numpy(mask).float()[None], pre.size, "bilinear")[0]
+
+
+def warp(x: Tensor, s: int, mode: str) -> Tensor:
+    """(C, H, W) -> (C, s, s) by cv2.warpAffine: without a shift by half a pixel and without antialiasing, places rounded
+    to 1/32 of a pixel, 0 outside."""
+    h, w = x.shape[1:]
+    scale = min(s / h, s / w)
+    ys, xs = ((2 * ((torch.arange(s) - (s - n * scale) / 2) / scale * 32).round() / 32 + 1) / n - 1 for n in (h, w))
+    at = torch.stack([xs.float().expand(s, s), ys.float()[:, None].expand(s, s)], 2)[None]  # (1, s, s, 2)
+    return F.grid_sample(x[None], at, mode=mode, padding_mode="zeros", align_corners=False)[0]
 
 
 def unwarped(probability: Tensor, size: tuple[int, int], pre: Preprocess) -> Tensor:

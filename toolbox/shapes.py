@@ -8,9 +8,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data import SPLITS, Record, box_of
-
-
+from data import SPLITS, Record, Source, box_of
 
 COLOURS = ("red", "green", "blue", "yellow", "white")
 
@@ -76,7 +74,7 @@ class Expression:
     anchor_adjectives: tuple[str, ...] = ()
 
 
-class Shapes:
+class Shapes(Source):
     """Generated pictures, two objects of each referred to. Object i is number i % 2 of picture i // 2.
 
     A picture is a function of (seed, split, number) alone, and its scene does not depend on its size in pixels.
@@ -97,21 +95,13 @@ class Shapes:
     def sentences(self, i: int) -> tuple[str, ...]:
         return (self.scene(i // 2)[1][i % 2].sentence,)
 
-    def count(self, i: int) -> int:
-        """How many sentences it has."""
-        return 1
-
     def picture(self, i: int) -> int:
         return i // 2
 
     def shape(self, i: int) -> tuple[int, int]:
         return self.size, self.size
 
-    def box(self, i: int) -> tuple[float, float, float, float]:
-        return self.read(i).box
-
     def identity(self) -> str:
-        """What its pictures are made of."""
         return f"{self.name} {self.split} {self.seed} {self.size} {self.images}"
 
     def describe(self, i: int) -> str:
