@@ -120,7 +120,7 @@ def open_dataset(name: str, split: str, data_root: str | None = None, seed: int 
 
         return Shapes(name, split, seed)
     if not data_root:
-        raise UserError(f"{name} is read from files: --data-root DATA says where they are (docs/data.md has the layout).")
+        raise UserError(f"{name} is read from files: --data-root DATA says where they are (the layout: docs/data.md).")
     return Refer(name, split, data_root, task)
 
 
@@ -144,8 +144,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
     """
     try:
         if os.path.exists(path) and not os.path.isfile(path):
-            raise UserError(f"{path} cannot be read: it is {'a folder' if os.path.isdir(path) else 'no file'}; give the "
-                            "file of one picture.")
+            raise UserError(f"{path} cannot be read: it is {'a folder' if os.path.isdir(path) else 'no file'}; give "
+                            "the file of one picture.")
         with Image.open(path, formats=FORMATS) as picture:
             other = size and UserError(f"{path} has {picture.size[0]} x {picture.size[1]} pixels, its annotations are "
                                        f"for {size[1]} x {size[0]}.")
@@ -168,10 +168,10 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
 
 def to_rgb(picture: Image.Image) -> np.ndarray:
     if picture.mode.startswith(("I", "F")):  # 16 or 32 bits of grey: scaled, where convert() would clip
-        grey = np.asarray(picture, dtype=np.float64)
+        grey = np.array(picture, dtype=np.float32)  # in place from here on: it may be large
         top = 65535 if picture.mode.startswith("I") else max(1.0, grey.max())
-        grey = (grey * (255 / top)).round().clip(0, 255).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, 2)
+        grey *= 255 / top
+        return np.repeat(grey.round(out=grey).clip(0, 255, out=grey).astype(np.uint8)[:, :, None], 3, 2)
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -371,8 +371,8 @@ class Refer(Source):
             self.leave_out(held)
         for i, e in enumerate(self.entries if task == "mask" else ()):
             if not e["segmentation"]:
-                raise UserError(f"{self.describe(i)}: its annotation {e['ann_id']} has no segmentation, so there is no mask "
-                                "to learn or to compare with; --method m2ist, which predicts boxes, needs none.")
+                raise UserError(f"{self.describe(i)}: its annotation {e['ann_id']} has no segmentation, so there is no "
+                                "mask to learn or to compare with; --method m2ist, which predicts boxes, needs none.")
 
     def leave_out(self, held: list[dict]) -> None:
         pictures, files = {e["image_id"] for e in held}, {e["file"] for e in held}
@@ -417,7 +417,8 @@ class Refer(Source):
         except UserError as error:
             raise UserError(f"{self.describe(i)}: {error}") from None
         mask = None if self.task == "box" and e["box"] else self.mask(i)
-        return Record(image, mask, tuple(e["box"] or box_of(mask)), self.sentences(i), e["image_id"], e["ref_id"], e["file"])
+        return Record(image, mask, tuple(e["box"] or box_of(mask)), self.sentences(i), e["image_id"], e["ref_id"],
+                      e["file"])
 
 
 def read_entries(name: str, root: Path) -> list[dict]:
@@ -502,8 +503,8 @@ def is_id(value) -> bool:
 
 def index_entry(ref: dict, annotations: dict, images: dict, instances_file: Path) -> dict:
     if isinstance(ref["ann_id"], list):
-        raise UserError("its ann_id is a list, as in gRefCOCO, whose sentences refer to any number of objects; here each "
-                        "ref has one: make a ref of each object, and leave out those of none.")
+        raise UserError("its ann_id is a list, as in gRefCOCO, whose sentences refer to any number of objects; here "
+                        "each ref has one: make a ref of each object, and leave out those of none.")
     for name in "ref_id", "ann_id", "image_id":
         if not is_id(ref[name]):
             raise UserError(f"its {name} is no whole number.")
@@ -530,15 +531,14 @@ def index_entry(ref: dict, annotations: dict, images: dict, instances_file: Path
     elif not segmentation:
         raise UserError(f"its annotation {ref['ann_id']} has neither segmentation nor bbox.")
     return dict(ref_id=int(ref["ref_id"]), ann_id=int(ref["ann_id"]), image_id=int(ref["image_id"]), box=box,
-                file=check_name(photo["file_name"], instances_file), split=ref["split"],
-                sentences=[check_sentence(s) for s in sentences], height=int(photo["height"]), width=int(photo["width"]), segmentation=segmentation)
+                file=check_name(photo["file_name"], instances_file), split=ref["split"], segmentation=segmentation,
+                sentences=[check_sentence(s) for s in sentences], height=int(photo["height"]), width=int(photo["width"]))
 
 
 def check_name(file: str, instances_file: Path) -> str:
     """A file name, perhaps in subfolders, that stays in the folder of photographs and in one line of a message."""
-    if not isinstance(file, str) or not all(part not in ("", ".", "..") for part in file.split("/")) or len(file) > 500 \
-            or "\\" in file or PureWindowsPath(file).drive \
-            or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in file):
+    if not isinstance(file, str) or {"", ".", ".."} & {*file.split("/")} or len(file) > 500 or "\\" in file \
+            or PureWindowsPath(file).drive or any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in file):
         raise UserError(f"its photograph's file_name in {instances_file}, {file!r:.100}, is no name in the folder of "
                         "photographs: it must not be absolute, nor have \"..\", backslashes or control characters.")
     return file

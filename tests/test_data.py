@@ -220,6 +220,8 @@ def test_masks_are_warped_as_the_released_code_does(size):
         window = padded[j + 200:j + 202, i + 200:i + 202]
         assert got[y, x] == pytest.approx(np.array([1 - fy, fy]) @ window @ [1 - fx, fx], abs=1e-3), (y, x)
     assert got.min() >= 0 and got.max() <= 1 and set(got.unique().tolist()) - {0.0, 1.0}
+    items = data.TrainSet(shapes.Shapes("shapes", "val", images=1), Preprocess(48, "warp"))
+    assert torch.equal(items[0, 0]["mask"], data.mask_to_canvas(items.source.read(0).mask, items.preprocess))
 
 
 def test_every_kind_of_picture_is_read_right(tmp_path):
@@ -583,7 +585,7 @@ def test_annotations_of_other_layouts_are_explained(tmp_path):
 def test_file_names_that_leave_the_folder_are_refused(tmp_path, name):
     make_refer(tmp_path)
     edit(tmp_path, set_(("instances", "images", 0, "file_name"), name))
-    with pytest.raises(UserError, match="ref 0: its photograph's file_name in .*instances.json, .* is no name in the folder"):
+    with pytest.raises(UserError, match="ref 0: its photograph's file_name in .*instances.json, .* is no name in the"):
         data.open_dataset("refcoco", "train", str(tmp_path))
 
 
@@ -636,16 +638,13 @@ def test_text_of_python_2(tmp_path):
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
-def test_annotations_do_not_depend_on_the_locale(tmp_path, encoding):
+def test_annotations_do_not_depend_on_the_locale(tmp_path, monkeypatch, encoding):
     make_refer(tmp_path)
     file = tmp_path / "refcoco" / "instances.json"
     instances = json.loads(file.read_text()) | dict(info="caf\u00e9 \u56fe")
     file.write_bytes(json.dumps(instances, ensure_ascii=False).encode(encoding))
-    code = (f"import sys, data; assert sys.flags.utf8_mode == 0; "
-            f"print(len(data.open_dataset('refcoco', 'train', {str(tmp_path)!r})))")
-    env = dict(os.environ, LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
-                          ).stdout.strip() == "2"
+    monkeypatch.setattr(Path, "read_text", lambda path: path.read_bytes().decode("ascii"))  # as where LC_ALL=C
+    assert len(data.open_dataset("refcoco", "train", str(tmp_path))) == 2
 
 
 def test_a_user_without_a_home_folder(tmp_path, monkeypatch):

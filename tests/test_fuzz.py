@@ -9,8 +9,11 @@ import json
 import os
 import pickle
 import random
+import resource
 import signal
+import struct
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +27,7 @@ import data
 import evaluate
 import train
 from common import UserError
-from toolbox import check, runs
+from toolbox import check, refer, runs
 from toolbox.weights import read_weights
 from tests.test_commands import SMALL, few_pictures  # noqa: F401
 from tests.test_data import make_refer
@@ -58,9 +61,14 @@ def watch(event, args):
 sys.addaudithook(watch)
 
 
+def peak():
+    """The most memory that this process has had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
 @contextmanager
 def guarded(folder):
-    """Twenty seconds, and no file outside the folder but the libraries' own."""
+    """Twenty seconds, a gigabyte, and no file outside the folder but the libraries' own."""
     global watching
 
     def late(*_):
@@ -69,7 +77,7 @@ def guarded(folder):
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(20)
     opened.clear()
-    watching = True
+    watching, most = True, peak() + 1024
     try:
         yield
     except UserError as e:
@@ -78,6 +86,7 @@ def guarded(folder):
         watching = False
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+    assert peak() < most
     fine = (os.path.realpath(folder), "/proc/", "/dev/", *LIBRARIES)
     assert [f for f in opened if not f.startswith(fine)] == []
 
@@ -159,6 +168,126 @@ def test_damaged_data_sets(tmp_path, monkeypatch, what):
         assert not canary.exists()
         file.write_bytes(whole[file])
     read_everything(root)
+
+
+GREEDY = {  # pickles that ask for more than they have
+    "LONG_BINPUT": b"\x80\x02]r" + struct.pack("<I", 1_268_016_352) + b".",
+    "PUT": b"(lp1268016352\n.",
+    "BINUNICODE": b"\x80\x02X" + struct.pack("<I", 2**32 - 1) + b"a.",
+    "LONG4": b"\x80\x02\x8b" + struct.pack("<i", 2**31 - 1) + b"a.",
+    "FRAME": b"\x80\x04\x95" + struct.pack("<Q", 2**34) + b"].",
+    "BINUNICODE8": b"\x80\x04\x8d" + struct.pack("<Q", 2**34) + b"a.",
+    "BINBYTES8": b"\x80\x04\x8e" + struct.pack("<Q", 2**34) + b"a.",
+    "BYTEARRAY8": b"\x80\x05\x96" + struct.pack("<Q", 2**34) + b"a."}
+
+
+@pytest.mark.parametrize("name", GREEDY)
+def test_a_refs_file_gets_memory_in_proportion_to_its_size(tmp_path, name):
+    file, before, start = tmp_path / "refs(unc).p", peak(), time.perf_counter()
+    file.write_bytes(GREEDY[name])
+    with pytest.raises(UserError, match=r"refs\(unc\).p is not a whole pickle file: its byte \d+ asks for"):
+        refer.read_refs(file)
+    assert peak() < before + 50 and time.perf_counter() - start < 2
+
+
+def test_what_pickle_writes_is_no_greed(tmp_path):
+    words = [[f"word {n}" for n in range(300)], b"x" * 300, 1.5, -2**70, {"a": None, "b": (1, True)}, "caf\u00e9" * 99]
+    refs = [dict(split=w, again=words) for w in words]
+    for protocol in range(6):
+        (tmp_path / "refs").write_bytes(pickle.dumps(refs, protocol))
+        if protocol < 3:  # bytes are then made by a function
+            refs = [dict(split=w, again=words[2:]) for w in (words[0], *words[2:])]
+            (tmp_path / "refs").write_bytes(pickle.dumps(refs, protocol))
+        assert refer.read_refs(tmp_path / "refs") == refs
+
+
+def test_nested_json(tmp_path):
+    for content in b"[" * 10**6, b'{"images":' * 10**5, b'{"images": [' + b"9" * 10**6 + b'], "annotations": []}':
+        (tmp_path / "instances.json").write_bytes(content)
+        (tmp_path / "refs").write_bytes(pickle.dumps([]))
+        with pytest.raises(UserError, match="instances.json is not COCO's JSON"):
+            refer.read_annotations([tmp_path / "refs", tmp_path / "instances.json"], ())
+
+
+ENTRY = dict(height=40, width=60)
+
+
+@pytest.mark.parametrize("counts", ["", "0", "04", "9", "X", "o", "PPPo3", "0oooo?", "P" * 50 + "0", "o" * 10**6,
+                                    "\xff\xff", "\0", " ", "_" + "X" * 9, [2400, 0, -1, 1], [2399.5, 0.5], [10**18],
+                                    ["2400"], [True] * 2400 + [-1, 1]])
+def test_runs_that_do_not_fill_the_photograph(counts):
+    """None is read beyond its end, and none leaves a pixel unset."""
+    with guarded("/nowhere"):
+        with pytest.raises(UserError, match="segmentation cannot be read"):
+            data.decode_mask(ENTRY | dict(segmentation=dict(size=[40, 60], counts=counts)), "it")
+
+
+def test_runs_at_random_are_pycocotools_own_or_refused():
+    """Every whole RLE gives pycocotools' mask; cut off, continued or changed it is refused, or a mask of 0 and 1."""
+    from pycocotools import mask as coco
+    rng, refused = np.random.default_rng(SEED), 0
+    for n in range(FILES):
+        mask = rng.random((40, 60)) < rng.choice([0.01, 0.2, 0.9])
+        if n % 3 == 0:
+            mask = np.sort(mask, axis=n % 2)  # long runs
+        mask[n % 40, n % 60] = True
+        text = coco.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        zeros = f"0{text}" if text[0] == "0" and n % 2 else text  # a run of nothing
+        assert np.array_equal(data.decode_mask(ENTRY | dict(segmentation=dict(size=[40, 60], counts=text)), "it"), mask)
+        at = int(rng.integers(len(text)))
+        for broken in text[:at], text[:at] + chr(rng.integers(48, 112)) + text[at + 1:], text + "o", text + "04", zeros:
+            try:
+                found = data.decode_mask(ENTRY | dict(segmentation=dict(size=[40, 60], counts=broken)), "it")
+                assert found.dtype == bool and found.shape == (40, 60) and found.any()
+            except UserError:
+                refused += 1
+    assert refused > FILES
+
+
+@pytest.mark.parametrize("segmentation", [
+    [[-290.0, -290, 290, 290] * 50_000], [[0, 0, 0, 290] * 10**5], [[1e308, 1, 2, 3, 4, 5]], [[float("inf")] * 6],
+    [["a"] * 6], [[[1, 2], [3, 4], [5, 6]]], [[1, 2, 3, 4, 5]], [[]], [None], "x", [[10**400] * 6]])
+def test_polygons_that_fit_no_photograph(segmentation):
+    before = peak()
+    with guarded("/nowhere"):
+        try:
+            assert data.decode_mask(ENTRY | dict(segmentation=segmentation), "it").any()
+        except UserError as e:
+            assert "it: its" in str(e)
+    assert peak() < before + 50
+
+
+def test_pictures_whose_header_asks_for_much(tmp_path):
+    import zlib
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+    for side in 13_000, 100_000, 2**31 - 1:
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+        (tmp_path / "a.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 100)))
+        with guarded(tmp_path), pytest.raises(UserError, match="cannot be read|is not a picture"):
+            data.read_image(tmp_path / "a.png")
+        with guarded(tmp_path), pytest.raises(UserError, match="its annotations are for|cannot be read|is not a picture"):
+            data.read_image(tmp_path / "a.png", (40, 60))
+
+
+def test_a_parquet_file_that_is_larger_than_it_is(tmp_path):
+    pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    row = dict(ref_id=1, ann_id=1, image_id=1, split="train", sentences=[dict(sent="a")], raw_image_info='{"id": 1}',
+               raw_anns=json.dumps(dict(id=1, segmentation="x" * 10**6)))
+    kept = pa.Table.from_pylist([row])
+    once = [c.combine_chunks() for c in kept.columns]
+    parquet.write_table(pa.Table.from_arrays([
+        pa.DictionaryArray.from_arrays(pa.array([0] * 3000), c) if pa.types.is_string(c.type) else
+        pa.concat_arrays([c] * 3000) for c in once], names=kept.column_names), tmp_path / "a.parquet")
+    before = peak()
+    with guarded(tmp_path):
+        assert len(refer.read_parquet([tmp_path / "a.parquet"], ())[0]) == 3000
+    assert peak() < before + 500
+    nothing = pa.Table.from_pydict({c: pa.nulls(10**7, kept.schema.field(c).type) for c in kept.column_names})
+    parquet.write_table(nothing, tmp_path / "b.parquet")
+    with guarded(tmp_path), pytest.raises(UserError, match="10,000,000 rows, more than bytes"):
+        refer.read_parquet([tmp_path / "b.parquet"], ())
 
 
 def test_damaged_checkpoints_and_weights(tmp_path):

@@ -85,8 +85,8 @@ def check_photograph(path: Path, size: tuple[int, int]) -> tuple[str, str]:
     with Image.open(path, formats=FORMATS) as picture:
         turn = picture.getexif().get(0x0112, 1)
         if turn in range(2, 9) and shape == picture.size[::-1] and (turn < 5 or shape[0] == shape[1]):
-            return "", (f"{path}: its EXIF orientation {turn} keeps its size, so whether its annotations are for the turned "
-                        "picture, as it is read here, or for the stored one cannot be told; store it upright")
+            return "", (f"{path}: its EXIF orientation {turn} keeps its size, so whether its annotations are for the "
+                        "turned picture, as it is read here, or for the stored one cannot be told; store it upright")
     return "", ""
 
 
@@ -106,8 +106,8 @@ def compare_sizes(rows: list[dict], objects: int) -> tuple[list[str], list[str]]
     published = sum(row["published_objects"] or 0 for row in rows)
     if 10 * objects < published:
         return [], [f"a set of one's own, {objects:,} objects of the published {published:,}: sizes not compared"]
-    return [f"{row['split']} has {row[what]:,} {what}, the published set {row[f'published_{what}']:,}"
-            for row in rows for what in ("objects", "sentences") if row[f"published_{what}"] not in (None, row[what])], []
+    return [f"{row['split']} has {row[what]:,} {what}, the published set {row[f'published_{what}']:,}" for row in rows
+            for what in ("objects", "sentences") if row[f"published_{what}"] not in (None, row[what])], []
 
 
 def shared_photographs(name: str, splits: dict[str, list[dict]]) -> list[str]:

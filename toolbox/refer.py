@@ -19,7 +19,8 @@ from common import UserError, first_line
 
 STARTS = {  # of files that stand where others are wanted -> what they are, and what to do
     b"version https://git-lfs": "it is a pointer of git-lfs: `git lfs pull` fetches the file itself",
-    b"<!doctype html": "it is a web page, perhaps of a failed download: download it again", b"<html": "it is a web page",
+    b"<!doctype html": "it is a web page, as a failed download leaves it: download it again",
+    b"<html": "it is a web page, as a failed download leaves it: download it again",
     b"PK\3\4": "it is a zip archive: unpack it", b"\x1f\x8b": "it is compressed by gzip: unpack it"}
 
 
@@ -141,11 +142,12 @@ def decode_mask(entry: dict, where: str) -> np.ndarray:
         runs = []
         for s in segmentation if isinstance(segmentation, list) else [segmentation]:  # parts of one object
             if isinstance(s, (int, float)):
-                raise ValueError("its polygon is a flat list of numbers; COCO has a list of polygons, [[x, y, ...], ...]")
+                raise ValueError("it is a flat list of numbers; COCO has a list of polygons, [[x, y, ...], ...]")
             # pycocotools trusts its input: what does not fit is read from anywhere, or fills the memory
             if isinstance(s, dict):
                 counts = s["counts"] if isinstance(s["counts"], list) else rle_counts(s["counts"])
-                if list(s["size"]) != [h, w] or min(counts, default=-1) < 0 or sum(counts) != h * w:
+                if list(s["size"]) != [h, w] or sum(counts) != h * w or not all(
+                        type(n) is int and n >= 0 for n in counts):
                     raise ValueError(f"its runs do not add up to the photograph's {[h, w]}")
                 runs.append(coco.frPyObjects(dict(size=[h, w], counts=counts), h, w))
                 continue
@@ -166,10 +168,10 @@ def decode_mask(entry: dict, where: str) -> np.ndarray:
 
 
 def rle_counts(text: str) -> list[int]:
-    """Run lengths from COCO's compressed RLE. pycocotools 2.0.11 leaves memory as it was behind runs that are too short.
+    """Run lengths from COCO's compressed RLE. (pycocotools.decode gives what lay in memory behind runs that end early.)
 
-    A run is groups of five bits and a bit that says whether more follow, offset by 48, the lowest first; from the fourth
-    on, it is a difference to the run before the last.
+    A run is groups of five bits and a bit that says whether more follow, offset by 48, the lowest first; from the
+    fourth on, it is a difference to the run before the last.
     """
     counts, value, shift = [], 0, 0
     for code in text.encode():

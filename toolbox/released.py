@@ -31,8 +31,8 @@ def warped_mask(mask: np.ndarray, pre: Preprocess) -> Tensor:
 
 
 def warp(x: Tensor, s: int, mode: str) -> Tensor:
-    """(C, H, W) -> (C, s, s) by cv2.warpAffine: without a shift by half a pixel and without antialiasing, places rounded
-    to 1/32 of a pixel, 0 outside."""
+    """(C, H, W) -> (C, s, s) by cv2.warpAffine: without a shift by half a pixel and without antialiasing, places
+    rounded to 1/32 of a pixel, 0 outside."""
     h, w = x.shape[1:]
     scale = min(s / h, s / w)
     ys, xs = ((2 * ((torch.arange(s) - (s - n * scale) / 2) / scale * 32).round() / 32 + 1) / n - 1 for n in (h, w))
