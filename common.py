@@ -60,7 +60,7 @@ class Preprocess:
 
     `size`: side of the square canvas in pixels. `fit`: "letterbox" (aspect kept, centred, padded with the mean colour),
     "warp" (the same as the released code does it) or "stretch". `interpolation`: "bilinear" or "bicubic". `mean` and
-    `std` normalise RGB values in 0..1. `pad_channel`: a fourth channel, 1 in the padding. `augment`: data.augment in
+    `std` normalise RGB values in 0..1. `pad_channel`: a fourth channel, 1 in the padding. `augment`: toolbox/augment.py in
     training.
     """
 
@@ -216,8 +216,8 @@ def start(tiny: bool = False, device: str = "auto") -> Process:
     rank, world, local = (environment(k, d) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     missing = [k for k in ("RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
     if world > 1 and missing:
-        raise UserError(f"WORLD_SIZE={world} is set in the environment, but {missing[0]} is not: unset WORLD_SIZE to run "
-                        "alone, or start with torchrun, which sets both.")
+        raise UserError(f"WORLD_SIZE={world} is set in the environment, but {missing[0]} is not: unset WORLD_SIZE to "
+                        "run alone, or start with torchrun, which sets both.")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

@@ -425,7 +425,8 @@ def read_entries(name: str, root: Path) -> list[dict]:
     """The entries of all splits of a data set, and where they come from."""
     if not root.is_dir():
         raise UserError(f"--data-root {root}: no such folder." if not root.exists() else
-                        f"--data-root {root} is a file; give the folder in which {REFER_FILES[name][0]} and images lie.")
+                        f"--data-root {root} is a file; give the folder in which {REFER_FILES[name][0]} and images "
+                        "lie.")
     files, folder = annotation_files(name, root), find_photographs(name, root)
     return [e | dict(dataset=name, folder=str(folder)) for e in build_index(name, files)]
 
@@ -532,7 +533,8 @@ def index_entry(ref: dict, annotations: dict, images: dict, instances_file: Path
         raise UserError(f"its annotation {ref['ann_id']} has neither segmentation nor bbox.")
     return dict(ref_id=int(ref["ref_id"]), ann_id=int(ref["ann_id"]), image_id=int(ref["image_id"]), box=box,
                 file=check_name(photo["file_name"], instances_file), split=ref["split"], segmentation=segmentation,
-                sentences=[check_sentence(s) for s in sentences], height=int(photo["height"]), width=int(photo["width"]))
+                sentences=[check_sentence(s) for s in sentences],
+                height=int(photo["height"]), width=int(photo["width"]))
 
 
 def check_name(file: str, instances_file: Path) -> str:

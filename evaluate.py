@@ -231,7 +231,8 @@ def measure(args: argparse.Namespace, process: Process) -> None:
     splits = [args.split]
     if args.split == "all":
         splits = [s for s in data.SPLITS.get(name, ("val",)) if s != "train"]
-    sources = [data.open_dataset(name, s, args.data_root or info["data_root"], info["seed"]) for s in splits]
+    root = args.data_root or info["data_root"]
+    sources = [data.open_dataset(name, split, root, info["seed"], model.task) for split in splits]
     warning = leak(info["method"], runs.origin(args.weights) if args.weights else
                    info.get("origin", info["weights"]), name)
     for note in filter(None, (warning, overlap(args.ckpt, info["dataset"], name))):

@@ -49,7 +49,7 @@ Deviations:
     --tune full         | fully fine-tuned           | not stem, layer1, BatchNorms   | as here (TransVG)
     Eq. 6               | smooth L1; no lambda given | L1, lambda 1 (Config.box_loss) | L1, lambda 1
     epochs on RefCOCOg  | 90                         | 90                             | 120 or 180
-    augmentation        | not described              | TransVG's, corrected (data.py) | TransVG's
+    augmentation        | not described              | TransVG's, corrected (augment.py) | TransVG's
     words against crops | not described              | also center, upper, edge, ...  | left, right, top, bottom, middle
     color jitter        | not described              | before resizing                | after resizing
     precision           | not stated                 | bf16 on a GPU (memory differs) | fp32

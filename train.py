@@ -145,8 +145,9 @@ def main(argv: list[str] | None = None) -> int:
 def prepare(args: argparse.Namespace, c: common.TrainConfig, process: Process, out: Path, stop) -> Run:
     """Data, model and optimizer, as the run begins."""
     # data
-    train_source = data.open_dataset(args.dataset, "train", args.data_root, args.seed)
-    val_source = data.open_dataset(args.dataset, args.val_split, args.data_root, args.seed)
+    method = load_method(args.method)
+    train_source, val_source = (data.open_dataset(args.dataset, split, args.data_root, args.seed, method.Model.task)
+                                for split in ("train", args.val_split))
     sentences = sum(train_source.count(i) for i in range(len(train_source)))
     n = sentences if c.every_sentence else len(train_source)
     per_epoch = n // c.batch_size
@@ -157,7 +158,7 @@ def prepare(args: argparse.Namespace, c: common.TrainConfig, process: Process, o
         raise UserError(f"--batch-size {c.batch_size} cannot be divided among {process.world_size} processes in "
                         f"{args.accumulate} parts each; a multiple of {args.accumulate * process.world_size} can.")
     # model
-    method, device = load_method(args.method), process.device
+    device = process.device
     model = runs.build(method, c, args.weights, args.seed).to(device)
     info = describe(args, c, process, model, train_source)
     features = cache_features(args, model, train_source, info["frozen"], process, stop)
@@ -190,9 +191,9 @@ def describe(args: argparse.Namespace, c: common.TrainConfig, process: Process, 
     origin = runs.origin(args.weights)
     return dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, seed=args.seed,
                 frozen=common.fingerprint(model), dataset=args.dataset, data_root=args.data_root,
-                val_split=args.val_split, amp=choose_amp(args.amp, process.device), accumulate=args.accumulate, workers=args.workers,
-                processes=process.world_size, device=str(process.device), cache_features=args.cache_features,
-                origin=origin, note=getattr(train_source, "note", ""), leak=leak(args.method, origin, args.dataset),
+                val_split=args.val_split, amp=choose_amp(args.amp, process.device), accumulate=args.accumulate,
+                workers=args.workers, processes=process.world_size, device=str(process.device), cache_features=args.cache_features,
+                origin=origin, note=train_source.note, leak=leak(args.method, origin, args.dataset),
                 versions=runs.versions())
 
 
@@ -207,8 +208,8 @@ def choose_amp(amp: str, device: torch.device) -> str:
 
 def announce(run: Run, sentences: int) -> None:
     args, process, info = run.args, run.process, run.info
-    process.print(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: {len(run.items.source)} objects, "
-                  f"{sentences} sentences, {run.steps} steps of {run.c.batch_size}, seed {args.seed}, "
+    process.print(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: "
+                  f"{len(run.items.source)} objects, {sentences} sentences, {run.steps} steps of {run.c.batch_size}, seed {args.seed}, "
                   f"{process.world_size} x {process.device}, amp {info['amp']}, to {run.out}")
     for note in args.note, info["note"], info["leak"]:
         if note:

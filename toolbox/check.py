@@ -14,9 +14,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from common import Parser, UserError, one_of, print_table, write_result
+from common import UserError
 from data import (FORMATS, MIXED, REFER_FILES, annotation_files, box_of, find_photographs, index_entries, is_id,
                   photograph, read_image)
+from toolbox.cli import Parser, one_of, print_table, write_result
 from toolbox.refer import decode_mask, read_annotations
 
 PUBLISHED = {  # objects and sentences of each split; None: not printed

@@ -19,10 +19,10 @@ from PIL import Image
 from tqdm import tqdm
 
 import common
-import data
 from common import writing
 from evaluate import MAIN_METRIC, SIZES, ask, expressions
 from toolbox import draw, runs
+from toolbox.augment import PLACE
 
 SIDE = 300                                                       # of an example's pictures, pixels
 EXAMPLES = 60
@@ -120,7 +120,7 @@ def charts(ious: list[float], sizes: list[float], sentences: list[str], of_what:
     of_size = [names[int(np.digitize(s, SIZES[1:-1]))] for s in sizes]
     lengths = ["1–2", "3–4", "5–6", "7–9", "10+"]
     of_length = [lengths[int(np.digitize(len(s.split()), (3, 5, 7, 10)))] for s in sentences]
-    places = [m[0].lower() if (m := data.PLACE.search(s)) else "none" for s in sentences]
+    places = [m[0].lower() if (m := PLACE.search(s)) else "none" for s in sentences]
     return "".join((
         bars("share of expressions by IoU, %", [f".{k}–" for k in range(10)], share, counts.tolist(), max(share)),
         by_group(f"mean IoU by the {of_what} share of the photograph", of_size, names, ious),

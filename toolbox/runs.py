@@ -247,7 +247,8 @@ def errors_in_a_sentence(args: argparse.Namespace, c: common.TrainConfig, proces
                 parts += 1
             less = (f"--accumulate {parts} computes the same batch in smaller parts" if n > 1 else
                     "a smaller --image-size or backbone may do")
-            raise UserError(f"memory is not enough for {n} pictures at a time in each process: {less} ({why}).") from None
+            raise UserError(f"memory is not enough for {n} pictures at a time in each process: {less} ({why})."
+                            ) from None
         raise
 
 
