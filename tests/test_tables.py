@@ -3,7 +3,9 @@
 The papers' tables, and the baselines in them.
 """
 
+import ast
 import copy
+import difflib
 import json
 import math
 import re
@@ -536,3 +538,16 @@ def test_the_papers_memory_stands_beside_ours(capsys):
     costs.beside_full(rows)
     assert rows[0]["saved_percent_of_full"] == 30.0 and rows[0]["paper_memory_percent_of_full"] == 39.6
     assert tables.printed(m2ist, m2ist.config("tiny")) == {}
+
+
+def head_of(file: str) -> list[str]:
+    lines, classes = (ROOT / file).read_text().splitlines(), "CoordConv", "Neck", "DecoderLayer", "Decoder", "Projector"
+    found = [n for n in ast.parse("\n".join(lines)).body if isinstance(n, ast.ClassDef) and n.name in classes]
+    assert [n.name for n in found] == list(classes), f"{file}: other classes, or another order"
+    return [line for n in found for line in lines[n.lineno - 1:n.end_lineno]]
+
+
+def test_the_heads_of_etris_and_dcris_differ_as_the_readme_says():
+    ours, next_ones = head_of("etris.py"), head_of("dcris.py")
+    differ = sum(line.startswith("- ") for line in difflib.ndiff(ours, next_ones))
+    assert f"Of their {len(ours)} lines, {differ} differ" in " ".join((ROOT / "README.md").read_text().split())
