@@ -192,8 +192,8 @@ def describe(args: argparse.Namespace, c: common.TrainConfig, process: Process, 
     return dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, seed=args.seed,
                 frozen=common.fingerprint(model), dataset=args.dataset, data_root=args.data_root,
                 val_split=args.val_split, amp=choose_amp(args.amp, process.device), accumulate=args.accumulate,
-                workers=args.workers, processes=process.world_size, device=str(process.device), cache_features=args.cache_features,
-                origin=origin, note=train_source.note, leak=leak(args.method, origin, args.dataset),
+                workers=args.workers, processes=process.world_size, device=str(process.device),
+                cache_features=args.cache_features, origin=origin, note=train_source.note, leak=leak(args.method, origin, args.dataset),
                 versions=runs.versions())
 
 
@@ -209,8 +209,8 @@ def choose_amp(amp: str, device: torch.device) -> str:
 def announce(run: Run, sentences: int) -> None:
     args, process, info = run.args, run.process, run.info
     process.print(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: "
-                  f"{len(run.items.source)} objects, {sentences} sentences, {run.steps} steps of {run.c.batch_size}, seed {args.seed}, "
-                  f"{process.world_size} x {process.device}, amp {info['amp']}, to {run.out}")
+                  f"{len(run.items.source)} objects, {sentences} sentences, {run.steps} steps of {run.c.batch_size}, "
+                  f"seed {args.seed}, {process.world_size} x {process.device}, amp {info['amp']}, to {run.out}")
     for note in args.note, info["note"], info["leak"]:
         if note:
             process.print(note)

@@ -541,9 +541,10 @@ def test_the_papers_memory_stands_beside_ours(capsys):
 
 
 def head_of(file: str) -> list[str]:
-    lines, classes = (ROOT / file).read_text().splitlines(), "CoordConv", "Neck", "DecoderLayer", "Decoder", "Projector"
+    lines = (ROOT / file).read_text().splitlines()
+    classes = ["CoordConv", "Neck", "DecoderLayer", "Decoder", "Projector"]
     found = [n for n in ast.parse("\n".join(lines)).body if isinstance(n, ast.ClassDef) and n.name in classes]
-    assert [n.name for n in found] == list(classes), f"{file}: other classes, or another order"
+    assert [n.name for n in found] == classes, f"{file}: other classes, or another order"
     return [line for n in found for line in lines[n.lineno - 1:n.end_lineno]]
 
 
