@@ -60,8 +60,8 @@ class Preprocess:
 
     `size`: side of the square canvas in pixels. `fit`: "letterbox" (aspect kept, centred, padded with the mean colour),
     "warp" (the same as the released code does it) or "stretch". `interpolation`: "bilinear" or "bicubic". `mean` and
-    `std` normalise RGB values in 0..1. `pad_channel`: a fourth channel, 1 in the padding. `augment`: toolbox/augment.py in
-    training.
+    `std` normalise RGB values in 0..1. `pad_channel`: a fourth channel, 1 in the padding. `augment`: whether training
+    augments (toolbox/augment.py).
     """
 
     size: int

@@ -193,8 +193,8 @@ def describe(args: argparse.Namespace, c: common.TrainConfig, process: Process, 
                 frozen=common.fingerprint(model), dataset=args.dataset, data_root=args.data_root,
                 val_split=args.val_split, amp=choose_amp(args.amp, process.device), accumulate=args.accumulate,
                 workers=args.workers, processes=process.world_size, device=str(process.device),
-                cache_features=args.cache_features, origin=origin, note=train_source.note, leak=leak(args.method, origin, args.dataset),
-                versions=runs.versions())
+                cache_features=args.cache_features, origin=origin, note=train_source.note,
+                leak=leak(args.method, origin, args.dataset), versions=runs.versions())
 
 
 def choose_amp(amp: str, device: torch.device) -> str:
