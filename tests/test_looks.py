@@ -167,7 +167,8 @@ def photographs(runs):
 def test_a_sheet_of_maps(runs, tmp_path, method, capsys):
     words = ["--ckpt", str(runs / method), "--image", str(runs / "a.png"), "--out", str(tmp_path / "b.png")]
     evaluate.main([*words, "--text", "left", "--attention", str(tmp_path / "c.png")])
-    assert Image.open(tmp_path / "c.png").width >= 2 * 322
+    sheet, one = Image.open(tmp_path / "c.png"), 322  # the answer, and below it a row at least; dcris has no adapters here
+    assert sheet.width >= (2 if method == "m2ist" else 1) * one and sheet.height > one
     evaluate.main([*words[:4], "--out", str(tmp_path / "d.png"), "--text", "left"])
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "d.png").read_bytes()
     for flags, message in [(["--attention", "c.png"], "--attention does not go with"),
