@@ -73,11 +73,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
 from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision, sine_1d, sine_2d
 from toolbox import baselines
@@ -87,8 +85,9 @@ from toolbox.weights import check_released, load_dinov2_and_clip
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # mean and standard deviation of RGB values
 CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-# Sec. 3.2: DINOv2 with registers, and the text tower of CLIP ViT-B/16
-CLIP_B16 = open_clip.get_model_config("ViT-B-16-quickgelu")
+# Sec. 3.2: DINOv2 with registers, and the text tower of CLIP ViT-B/16, as open_clip's ViT-B-16-quickgelu
+CLIP_B16 = dict(embed_dim=512, quick_gelu=True, vision_cfg=dict(layers=12, width=768, image_size=224, patch_size=16),
+                text_cfg=dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12))
 BACKBONES = {
     "dinov2-base": dict(hub="facebook/dinov2-with-registers-base", clip=CLIP_B16, dino=dict(
         hidden_size=768, num_hidden_layers=12, num_attention_heads=12, patch_size=14, image_size=518)),
@@ -189,9 +188,12 @@ def config(backbone: str = "dinov2-base", variant: str = "dcris", dataset: str =
 # Encoders (Sec. 3.2)
 
 
-def build_towers(backbone: str, weights: str) -> tuple[Dinov2WithRegistersModel, open_clip.CLIP]:
-    """DINOv2, and CLIP without its image tower. `weights`: "random", "pretrained" (the hub's cache, or downloaded) or
-    two files with a comma between."""
+def build_towers(backbone: str, weights: str) -> tuple[nn.Module, nn.Module]:
+    """DINOv2 of transformers, and open_clip's CLIP without its image tower. `weights`: "random", "pretrained" (the
+    hub's cache, or downloaded) or two files with a comma between."""
+    import open_clip  # slow, and --help does without
+    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
     names = BACKBONES[backbone]
     check_released(backbone, weights)
     vision = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**names["dino"]))

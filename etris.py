@@ -79,7 +79,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from open_clip import get_model_config
 from torch import Tensor, nn
 
 from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision, sine_1d, sine_2d
@@ -87,15 +86,20 @@ from toolbox import baselines
 from toolbox.clip_towers import TOWERS, build_clip, resized
 from toolbox.tokenizers import clip_tokens
 
+# Sec. 4.2: CLIP, as open_clip's RN101-quickgelu, RN50-quickgelu and ViT-B-16-quickgelu. `kind`: of the image tower
+CLIP_TEXT = dict(context_length=77, vocab_size=49408, width=512, heads=8, layers=12)
+CLIP_B16 = dict(embed_dim=512, quick_gelu=True, text_cfg=CLIP_TEXT,
+                vision_cfg=dict(layers=12, width=768, image_size=224, patch_size=16))
 TINY_TEXT = dict(context_length=77, vocab_size=4096, width=64, heads=2, layers=4)
-# Sec. 4.2: CLIP. `kind`: of the image tower (TOWERS)
 BACKBONES = {
-    "RN101": dict(kind="resnet", hub="timm/resnet101_clip.openai", clip=get_model_config("RN101-quickgelu")),
-    "RN50": dict(kind="resnet", hub="timm/resnet50_clip.openai", clip=get_model_config("RN50-quickgelu")),
-    "ViT-B-16": dict(kind="vit", hub="timm/vit_base_patch16_clip_224.openai",
-                     clip=get_model_config("ViT-B-16-quickgelu")),
-    "dinov2-base": dict(kind="dinov2", hub="facebook/dinov2-with-registers-base",
-                        clip=get_model_config("ViT-B-16-quickgelu")),
+    "RN101": dict(kind="resnet", hub="timm/resnet101_clip.openai", clip=dict(
+        embed_dim=512, quick_gelu=True, text_cfg=CLIP_TEXT,
+        vision_cfg=dict(layers=[3, 4, 23, 3], width=64, image_size=224))),
+    "RN50": dict(kind="resnet", hub="timm/resnet50_clip.openai", clip=dict(
+        embed_dim=1024, quick_gelu=True, text_cfg=CLIP_TEXT,
+        vision_cfg=dict(layers=[3, 4, 6, 3], width=64, image_size=224))),
+    "ViT-B-16": dict(kind="vit", hub="timm/vit_base_patch16_clip_224.openai", clip=CLIP_B16),
+    "dinov2-base": dict(kind="dinov2", hub="facebook/dinov2-with-registers-base", clip=CLIP_B16),
     "tiny": dict(kind="resnet", clip=dict(
         embed_dim=64, quick_gelu=True, text_cfg=TINY_TEXT,
         vision_cfg=dict(layers=[1, 1, 1, 1], width=8, head_width=64, image_size=128))),

@@ -72,9 +72,6 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
-from torchvision.ops import FrozenBatchNorm2d, box_convert, generalized_box_iou_loss
-from transformers import BertConfig, BertModel
 
 from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision
 from toolbox import baselines
@@ -83,12 +80,15 @@ from toolbox.weights import check_released, load_detr_and_bert
 
 BACKBONES = {  # Sec. III-A
     "detr-resnet-50": dict(
-        detr=dict(resnet=(Bottleneck, (3, 4, 6, 3)), stage="layer4", dim=256, heads=8, ffn=2048, layers=6, dropout=0.1),
-        bert=dict(), frozen=("conv1", "layer1")),  # frozen with --tune full too, as in TransVG
+        detr=dict(block="Bottleneck", blocks=(3, 4, 6, 3), stage="layer4", dim=256, heads=8, ffn=2048, layers=6,
+                  dropout=0.1),
+        bert=dict(num_hidden_layers=12, max_position_embeddings=512), frozen=("conv1", "layer1")),  # frozen with --tune full too, as in TransVG
     "tiny": dict(
-        detr=dict(resnet=(BasicBlock, (1, 1, 1, 1)), stage="layer2", dim=64, heads=2, ffn=128, layers=2, dropout=0.0),
+        detr=dict(block="BasicBlock", blocks=(1, 1, 1, 1), stage="layer2", dim=64, heads=2, ffn=128, layers=2,
+                  dropout=0.0),
         bert=dict(vocab_size=4096, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128,
-                  initializer_range=0.125, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+                  max_position_embeddings=512, initializer_range=0.125, hidden_dropout_prob=0.0,
+                  attention_probs_dropout_prob=0.0),
         frozen=()),
 }
 STRIDES = dict(layer1=4, layer2=8, layer3=16, layer4=32)
@@ -156,8 +156,9 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
     c |= TINY if backbone == "tiny" else {}
     c |= {} if tune.startswith("method") else NO_ADAPTERS
     c = Config(**(c | dict(baseline_dims=baselines.dims(tune, backbone == "tiny", **BASELINE_DIMS)) | flags))
-    detr, bert = BACKBONES[backbone]["detr"], BertConfig(**BACKBONES[backbone]["bert"])
-    stride, longest = STRIDES[detr["stage"]], bert.max_position_embeddings - baselines.prompts(c)
+    detr, bert = BACKBONES[backbone]["detr"], BACKBONES[backbone]["bert"]
+    stride, longest = STRIDES[detr["stage"]], bert["max_position_embeddings"] - baselines.prompts(c)
+    depth = bert["num_hidden_layers"]
 
     def rising(chosen: tuple[int, ...], n: int) -> bool:
         return list(chosen) == sorted(set(chosen) & set(range(n)))
@@ -167,8 +168,8 @@ def config(backbone: str = "detr-resnet-50", variant: str = "m2ist", dataset: st
         vision_layers=(rising(c.vision_layers, detr["layers"]), f"rising numbers, 0 to {detr['layers'] - 1}"),
         image_size=(c.image_size % stride == 0, f"a multiple of {stride}"),
         words=(3 <= c.words <= longest, f"3 to {longest} wordpieces, what BERT reads"),
-        text_layers=(rising(c.text_layers, bert.num_hidden_layers) and len(c.text_layers) == len(c.vision_layers),
-                     f"rising numbers, 0 to {bert.num_hidden_layers - 1}, one for each of vision_layers"),
+        text_layers=(rising(c.text_layers, depth) and len(c.text_layers) == len(c.vision_layers),
+                     f"rising numbers, 0 to {depth - 1}, one for each of vision_layers"),
         interaction_dim=(c.interaction_dim <= detr["dim"], f"at most {detr['dim']}, the width of the vision encoder"),
         vl_heads=(lambda: c.vl_dim % c.vl_heads == 0, f"a divisor of vl_dim, {c.vl_dim}"),
         tune=(c.tune.startswith("method") or c.mha_adapter == c.ffn_adapter == "none",
@@ -292,15 +293,19 @@ def bert_sublayers(layer: nn.Module, pad: Tensor):
 class DETR(nn.Module):
     """DETR's ResNet, 1x1 convolution and encoder layers. Modules have DETR's names without prefixes."""
 
-    def __init__(self, resnet, stage: str, dim: int, heads: int, ffn: int, layers: int, dropout: float):
+    def __init__(self, block: str, blocks: tuple[int, ...], stage: str, dim: int, heads: int, ffn: int, layers: int,
+                 dropout: float):
         super().__init__()
-        block, blocks = resnet
-        body = OrderedDict(ResNet(block, blocks, norm_layer=FrozenBatchNorm2d).named_children())
+        from torchvision.models import resnet  # slow, and --help does without
+        from torchvision.ops import FrozenBatchNorm2d
+
+        body = resnet.ResNet(getattr(resnet, block), blocks, norm_layer=FrozenBatchNorm2d)
+        body = OrderedDict(body.named_children())
         names = list(body)
         self.body = nn.Sequential(OrderedDict((n, body[n]) for n in names[:names.index(stage) + 1]))
         self.body.to(memory_format=torch.channels_last)  # faster, the same numbers
         last = body[stage][-1]
-        width = (last.conv3 if block is Bottleneck else last.conv2).out_channels
+        width = (last.conv3 if block == "Bottleneck" else last.conv2).out_channels
         self.input_proj = nn.Conv2d(width, dim, 1)
         self.layers = nn.ModuleList(EncoderLayer(dim, heads, ffn, dropout) for _ in range(layers))
 
@@ -486,6 +491,8 @@ class M2IST(nn.Module):
 
     def loss(self, output: Tensor, target: Tensor) -> Tensor:
         """Output of forward and target boxes (B, 4) -> scalar: summed over coordinates, mean over samples"""
+        from torchvision.ops import box_convert, generalized_box_iou_loss
+
         boxes, logits = output[:, :4].float(), output[:, 4:].float()
         distance = F.l1_loss if self.c.box_loss == "l1" else F.smooth_l1_loss
         corners = [box_convert(b, "cxcywh", "xyxy") for b in (boxes, target)]
@@ -513,8 +520,11 @@ Model = M2IST  # the name that train.py and evaluate.py use
 # Weights
 
 
-def build_encoders(backbone: str, weights: str) -> tuple[DETR, BertModel]:
-    """DETR's encoder and BERT, random or from released files. BERT's vocab.txt must lie beside its file."""
+def build_encoders(backbone: str, weights: str) -> tuple[DETR, nn.Module]:
+    """DETR's encoder and transformers' BERT, random or from released files. BERT's vocab.txt must lie beside its file.
+    """
+    from transformers import BertConfig, BertModel  # slow, and --help does without
+
     config = BertConfig(**BACKBONES[backbone]["bert"])
     detr = DETR(**BACKBONES[backbone]["detr"])
     bert = BertModel(config, add_pooling_layer=False)

@@ -206,6 +206,24 @@ def test_help_without_a_method(capsys):
     assert "--visual-layers" in said and "--no-every-sentence" in said and "MISSING" not in said and "default: <" not in said
 
 
+def test_libraries_of_towers_are_imported_where_towers_are_built():
+    """What --help and a refusal do without: seconds of a start."""
+    code = """
+import contextlib, io, sys
+import evaluate, train
+from common import METHODS, UserError
+commands = [(train.main, ["--method", m, *words]) for m in METHODS for words in (["--help"], ["--lr", "-1"])]
+for main, words in [*commands, (evaluate.main, ["--help"]), (evaluate.main, ["--ckpt", "no run"])]:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit, UserError):
+        main(words)
+        raise AssertionError(words)
+print(*sys.modules)
+"""
+    result = command("-c", code, check=0)
+    slow = {"open_clip", "transformers", "torchvision", "timm", "matplotlib", "pyarrow", "huggingface_hub"}
+    assert not slow & {*result.stdout.split()}
+
+
 def test_runs_are_not_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):

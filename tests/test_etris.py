@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from safetensors.torch import save_file
 
 import data
+import dcris
 import etris
 from common import UserError, count, fingerprint, trained_names, trained_state
 from tests.test_common import attention, linear, norm, save_as_openai, shuffle, two_steps
@@ -47,6 +48,14 @@ def inputs(model, n=2, seed=0):
 
 
 # sizes
+
+
+def test_clip_is_that_of_open_clip():
+    for backbone, name in ("RN101", "RN101"), ("RN50", "RN50"), ("ViT-B-16", "ViT-B-16"), ("dinov2-base", "ViT-B-16"):
+        theirs = open_clip.get_model_config(f"{name}-quickgelu")
+        theirs["vision_cfg"] = {k: v for k, v in theirs["vision_cfg"].items() if v is not None}
+        assert etris.BACKBONES[backbone]["clip"] == theirs
+    assert dcris.CLIP_B16 == etris.CLIP_B16
 
 
 @pytest.mark.parametrize("backbone, variant, bridger, head, trained, tower", [

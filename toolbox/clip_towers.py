@@ -14,7 +14,6 @@ A tower holds no parameters: these stay in `visual`, a module of the model. Ever
 
 from __future__ import annotations
 
-import open_clip
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -117,11 +116,13 @@ def resized(table: Tensor, grid: tuple[int, int]) -> Tensor:
     return torch.cat([table[:1], places[0].flatten(1).T])
 
 
-def build_clip(backbone: str, weights: str, kind: str, clip: dict, hub: str = "") -> open_clip.CLIP:
-    """CLIP of open_clip's config `clip`; of the kind dinov2 with DINOv2 as its image tower.
+def build_clip(backbone: str, weights: str, kind: str, clip: dict, hub: str = "") -> nn.Module:
+    """open_clip's CLIP with the config `clip`; of the kind dinov2 with DINOv2 as its image tower.
 
     `weights`: "random", "pretrained" (of the hub's repository `hub`) or a file; for DINOv2 its file and CLIP's.
     """
+    import open_clip  # slow, and --help does without
+
     if weights == "pretrained":
         check_released(backbone, weights)
     model = open_clip.CLIP(**clip)
