@@ -188,19 +188,27 @@ def content_box(size: tuple[int, int], pre: Preprocess) -> tuple[int, int, int, 
 
 
 def to_canvas(image: np.ndarray, pre: Preprocess, place: Place | None = None) -> Tensor:
-    """(H, W, 3) uint8 -> (3, S, S) float32, normalised; (4, S, S) with the padding as a channel."""
-    if pre.fit == "warp":
-        return warped(image, pre)
+    """(H, W, 3) uint8 -> (4, S, S) uint8: RGB, and 1 in the padding, else 0. See normalise()."""
+    if pre.fit == "warp":  # what lies outside is a colour there
+        return F.pad(warped(image, pre), (0, 0, 0, 0, 0, 1))
     top, left, h, w = place or content_box(image.shape[:2], pre)
     if image.shape[:2] != (h, w):
         how = Image.Resampling.BICUBIC if pre.interpolation == "bicubic" else Image.Resampling.BILINEAR
         image = np.asarray(Image.fromarray(image).resize((w, h), how))
-    mean, std = (np.array(v, dtype=np.float32) for v in (pre.mean, pre.std))
-    canvas = np.zeros((pre.size, pre.size, 4 if pre.pad_channel else 3), dtype=np.float32)  # 0 is the mean colour
-    canvas[:, :, 3:] = 1
-    canvas[top:top + h, left:left + w, :3] = (image / np.float32(255) - mean) / std
-    canvas[top:top + h, left:left + w, 3:] = 0
-    return torch.from_numpy(np.ascontiguousarray(canvas.transpose(2, 0, 1)))
+    canvas = np.zeros((4, pre.size, pre.size), dtype=np.uint8)
+    canvas[3] = 1
+    canvas[:3, top:top + h, left:left + w] = image.transpose(2, 0, 1)
+    canvas[3, top:top + h, left:left + w] = 0
+    return torch.from_numpy(canvas)
+
+
+def normalise(canvases: Tensor, pre: Preprocess) -> Tensor:
+    """(B, 4, S, S) uint8, as to_canvas() makes them -> (B, 3, S, S) float32, what a model reads: the padding has the
+    mean colour, 0; (B, 4, S, S) with pre.pad_channel. Done on the model's device, as 8 bits travel faster."""
+    mean, std = (torch.tensor(v, device=canvases.device)[:, None, None] for v in (pre.mean, pre.std))
+    padding = canvases[:, 3:]
+    images = (canvases[:, :3] / 255).sub_(mean).div_(std).masked_fill_(padding.bool(), 0)
+    return torch.cat([images, padding], 1) if pre.pad_channel else images
 
 
 def mask_to_canvas(mask: np.ndarray, pre: Preprocess, place: Place | None = None) -> Tensor:

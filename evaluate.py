@@ -167,7 +167,8 @@ def answers(model, items: data.EvalSet, sentences: list[str], process: Process, 
     mine = [k for b in every[process.rank::process.world_size] for k in b]
     for batch in batches(Subset(items, mine), batch_size, workers, process, data.collate):
         tokens = model.tokenize([sentences[k] for k in batch["index"]])
-        logits = model(batch["image"].to(process.device), tokens.to(process.device)).float().cpu()
+        images = data.normalise(batch["image"].to(process.device), items.preprocess)
+        logits = model(images, tokens.to(process.device)).float().cpu()
         for k, one, truth in zip(batch["index"], logits, batch["truth"]):
             mask, _ = mask_on_photograph(one[0], truth.shape, model, model.c.threshold, protocol)
             yield k, common.intersection_union(mask, truth), 100 * int(truth.sum()) / truth.numel()
@@ -180,7 +181,7 @@ def answers_by_picture(model, items: data.EvalSet, sentences: list[str], process
     pictures = data.PictureSet(items)
     mine = Subset(pictures, range(process.rank, len(pictures), process.world_size))
     for p in batches(mine, None, workers, process):
-        features = model.image_features(p["image"][None].to(process.device))
+        features = model.image_features(data.normalise(p["image"][None].to(process.device), items.preprocess))
         for b in range(0, len(p["index"]), batch_size):
             some = p["index"][b:b + batch_size]
             tokens = model.tokenize([sentences[k] for k in some]).to(process.device)
@@ -304,8 +305,9 @@ def ask(model, image: np.ndarray, sentence: str, threshold: float | None = None,
     """What a model says of one picture (H, W, 3) and one sentence: its box in pixels, or its mask (H, W) with
     threshold, area, the box around it (None for an empty one) and mean confidence. `protocol`: see evaluate_split."""
     device, protocol = next(model.parameters()).device, protocol or protocol_of(model)
-    canvas = data.to_canvas(image, with_protocol(model.preprocess, protocol))[None]
-    output = model(canvas.to(device), model.tokenize([sentence]).to(device))[0].float().cpu()
+    pre = with_protocol(model.preprocess, protocol)
+    images = data.normalise(data.to_canvas(image, pre)[None].to(device), pre)
+    output = model(images, model.tokenize([sentence]).to(device))[0].float().cpu()
     if model.task == "box":
         return dict(box=[round(v, 2) for v in box_on_photograph(output, image.shape[:2], model, protocol)])
     threshold = model.c.threshold if threshold is None else threshold

@@ -82,7 +82,8 @@ BACKBONES = {  # Sec. III-A
     "detr-resnet-50": dict(
         detr=dict(block="Bottleneck", blocks=(3, 4, 6, 3), stage="layer4", dim=256, heads=8, ffn=2048, layers=6,
                   dropout=0.1),
-        bert=dict(num_hidden_layers=12, max_position_embeddings=512), frozen=("conv1", "layer1")),  # frozen with --tune full too, as in TransVG
+        bert=dict(num_hidden_layers=12, max_position_embeddings=512),
+        frozen=("conv1", "layer1")),  # with --tune full too, as in TransVG
     "tiny": dict(
         detr=dict(block="BasicBlock", blocks=(1, 1, 1, 1), stage="layer2", dim=64, heads=2, ffn=128, layers=2,
                   dropout=0.0),

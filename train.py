@@ -62,7 +62,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, common.TrainConfi
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--amp", default="auto", **one_of("auto", "bf16", "fp16", "off"), help="auto: off on a CPU")
     p.add_argument("--accumulate", type=int, default=1, help="parts of a batch, one after another, to save memory")
-    p.add_argument("--workers", type=int, default=max(1, min(4, (os.cpu_count() or 1) - 1)),
+    p.add_argument("--workers", type=int, default=default_workers(),
                    help="processes that read data, for each process that trains (default: %(default)s)")
     p.add_argument("--cache-features", metavar="memory|FOLDER",
                    help="keep the frozen encoder's output for each image, where it does not read the sentence")
@@ -91,6 +91,12 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, common.TrainConfi
         args.tune is None and random_tiny else ""
     args.backbone, args.variant, args.weights, args.tune = backbone, variant, weights, tune
     return args, method.config(backbone, variant, args.dataset, tune=tune, **config_flags(args, method.Config))
+
+
+def default_workers() -> int:
+    """One of the CPUs that this process and the others of this machine share is left for training."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cpus // common.environment("LOCAL_WORLD_SIZE", 1) - 1))
 
 
 @dataclass
@@ -281,6 +287,8 @@ def forward_backward(run: Run, batches: Iterator[dict]) -> tuple[Tensor, list[st
         batch = next(batches)
         ids += batch["id"]
         images = batch["image"].to(process.device, non_blocking=True)
+        if run.items.features is None:
+            images = data.normalise(images, run.model.preprocess)
         target = batch[run.model.task].to(process.device, non_blocking=True)
         tokens = run.model.tokenize(batch["sentence"]).to(process.device)
         last = part == parts - 1 or process.world_size == 1

@@ -224,6 +224,13 @@ print(*sys.modules)
     assert not slow & {*result.stdout.split()}
 
 
+@pytest.mark.parametrize("cpus, processes, workers", [(1, 1, 1), (2, 1, 1), (8, 1, 7), (8, 2, 3), (256, 4, 16)])
+def test_workers_follow_the_cpus_that_the_process_may_use(monkeypatch, cpus, processes, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cpus)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert train.parse(["--method", "m2ist"])[0].workers == workers
+
+
 def test_runs_are_not_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -410,7 +417,8 @@ def test_m2ist_from_training_to_a_prediction(tmp_path, capsys):
                        str(tmp_path / "b.png"), "--json", str(tmp_path / "b.json")])
         found = json.loads((tmp_path / "b.json").read_text())
         with torch.no_grad():
-            x, y, bw, bh = (64 * model(data.to_canvas(photo, model.preprocess)[None], model.tokenize(["left"]))[0]).tolist()
+            images = data.normalise(data.to_canvas(photo, model.preprocess)[None], model.preprocess)
+            x, y, bw, bh = (64 * model(images, model.tokenize(["left"]))[0]).tolist()
         scale, left, top = (5, 0, 22) if w > h else (300 / 64, 22, 0)  # 64 x 20 and 19 x 64 on the canvas
         sx, sy = (scale, scale) if w > h else (90 / 19, scale)
         want = [(x - bw / 2 - left) * sx, (y - bh / 2 - top) * sy, (x + bw / 2 - left) * sx, (y + bh / 2 - top) * sy]

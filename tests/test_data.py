@@ -152,9 +152,32 @@ def test_there_and_back(size, fit):
     assert torch.allclose(data.from_canvas(torch.full((32, 32), 3.0), size, pre), torch.tensor(3.0))
 
 
+def normalised(image, pre, place=None):
+    return data.normalise(data.to_canvas(image, pre, place)[None], pre)[0]
+
+
+@pytest.mark.parametrize("pre, augmented", [
+    (Preprocess(448), False), (Preprocess(448, interpolation="bilinear"), False), (Preprocess(480, "stretch"), False),
+    (Preprocess(640, interpolation="bilinear", pad_channel=True), True)])
+def test_pictures_travel_in_8_bits_and_are_normalised_to_the_same_values(pre, augmented):
+    image = np.random.default_rng(0).integers(0, 256, (333, 500, 3)).astype(np.uint8)
+    place = (30, 100, 320, 480) if augmented else data.content_box(image.shape[:2], pre)
+    top, left, h, w = place
+    how = Image.Resampling.BICUBIC if pre.interpolation == "bicubic" else Image.Resampling.BILINEAR
+    small = np.asarray(Image.fromarray(image).resize((w, h), how))
+    want = np.zeros((pre.size, pre.size, 4))
+    want[:, :, 3] = 1
+    want[top:top + h, left:left + w] = np.dstack([(small / 255 - pre.mean) / pre.std, np.zeros((h, w))])
+    canvas = data.to_canvas(image, pre, place)
+    assert canvas.dtype == torch.uint8 and canvas.shape == (4, pre.size, pre.size)
+    got = data.normalise(canvas[None], pre)[0]
+    assert got.dtype == torch.float32 and len(got) == (4 if pre.pad_channel else 3)
+    assert np.abs(got.permute(1, 2, 0).numpy() - want[:, :, :len(got)]).max() < 1e-6
+
+
 def test_letterbox_by_hand():
     image = np.full((50, 100, 3), 255, dtype=np.uint8)
-    canvas = data.to_canvas(image, PRE)
+    canvas = normalised(image, PRE)
     assert data.content_box((50, 100), PRE) == (16, 0, 32, 64)
     assert (canvas[:, :16] == 0).all() and (canvas[:, 48:] == 0).all()
     expected = (1 - torch.tensor(PRE.mean)) / torch.tensor(PRE.std)
@@ -290,10 +313,10 @@ def test_boxes_go_to_the_canvas_and_back(size):
 
 def test_a_channel_for_the_padding():
     image = np.random.default_rng(0).integers(0, 255, (20, 40, 3)).astype(np.uint8)
-    canvas = data.to_canvas(image, Preprocess(64, pad_channel=True))
-    assert canvas.shape == (4, 64, 64) and torch.equal(canvas[:3], data.to_canvas(image, PRE))
+    canvas = normalised(image, Preprocess(64, pad_channel=True))
+    assert canvas.shape == (4, 64, 64) and torch.equal(canvas[:3], normalised(image, PRE))
     assert canvas[3, 16:48].sum() == 0 and canvas[3, :16].min() == 1 and canvas[3, 48:].min() == 1
-    placed = data.to_canvas(image, Preprocess(64, pad_channel=True), (5, 7, 20, 40))
+    placed = normalised(image, Preprocess(64, pad_channel=True), (5, 7, 20, 40))
     assert placed[3, 5:25, 7:47].sum() == 0 and placed[3].sum() == 64 * 64 - 800
 
 
@@ -408,7 +431,7 @@ def test_features_of_pictures_are_made_once_and_kept(tmp_path, where):
     batch = data.collate([items[0, n] for n in (0, 1, 6)])
     assert isinstance(batch["image"], Two) and batch["image"].flag.dtype == torch.bool and len(calls) == 5
     for k, n in enumerate((0, 1, 6)):
-        want = encode(data.to_canvas(source.read(n).image, PRE)[None])
+        want = encode(normalised(source.read(n).image, PRE)[None])
         assert torch.equal(batch["image"].mean[k], want.mean[0]) and torch.equal(batch["image"].flag[k], want.flag[0])
     assert torch.equal(batch["box"], torch.stack([data.TrainSet(source, PRE)[0, n]["box"] for n in (0, 1, 6)]))
     if folder:
@@ -769,7 +792,7 @@ def test_sentences_are_drawn_by_seed_and_epoch_alone(tmp_path):
     other = data.TrainSet(items.source, PRE, seed=2)
     assert [other[k]["sentence"] for k in index] != drawn[0]
     batch = data.collate([items[0, 0], items[0, 1]])
-    assert batch["image"].shape == (2, 3, 64, 64) and batch["mask"].shape == (2, 64, 64)
+    assert batch["image"].shape == (2, 4, 64, 64) and batch["mask"].shape == (2, 64, 64)
     assert batch["id"][0].startswith("refcoco/train ref 0 (COCO_train2014_")
 
 
@@ -804,7 +827,7 @@ def test_mixed_leaves_out_what_any_val_or_test_split_shows(tmp_path):
     assert train.shape(1) == record.image.shape[:2] and train.box(1) == record.box
     val = data.open_dataset("mixed", "val", str(tmp_path))
     assert sorted(val.picture(i) for i in range(len(val))) == [1, 2, 4] and val.note == ""
-    assert len(data.TrainSet(train, PRE)[0, 1]["image"]) == 3
+    assert len(data.TrainSet(train, PRE)[0, 1]["image"]) == 4
     with pytest.raises(UserError, match="no split 'testA'"):
         data.open_dataset("mixed", "testA", str(tmp_path))
     edit(tmp_path, lambda refs, instances: refs[1]["sentences"].clear())  # in val: what it shows must be known

@@ -21,7 +21,8 @@ from toolbox.draw import grid, overlay
 def attention_sheet(model: nn.Module, image: np.ndarray, sentence: str, answer) -> Image.Image:
     """The maps over a photograph (H, W, 3) for a sentence, and the model's answer, a mask or a box."""
     device, pre = next(model.parameters()).device, model.preprocess
-    canvas, tokens = data.to_canvas(image, pre)[None].to(device), model.tokenize([sentence]).to(device)
+    canvas = data.normalise(data.to_canvas(image, pre)[None].to(device), pre)
+    tokens = model.tokenize([sentence]).to(device)
     groups = {group: {name: data.from_canvas(m[0].float().cpu(), image.shape[:2], pre).numpy()
                       for name, m in maps.items()} for group, maps in attention_maps(model, canvas, tokens).items()}
     return heat_sheet(image, groups, answer, sentence)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import common
 from common import Preprocess, Process, UserError, writing
-from data import Source, to_canvas
+from data import Source, normalise, to_canvas
 
 
 class FeatureCache:
@@ -34,7 +34,7 @@ class FeatureCache:
         for i in range(len(source)):
             first.setdefault(source.picture(i), i)
         self.rows = {picture: row for row, picture in enumerate(first)}
-        make = (encode(to_canvas(source.read(i).image, pre)[None]) for i in first.values())
+        make = (encode(normalise(to_canvas(source.read(i).image, pre)[None], pre)) for i in first.values())
         one = next(make)
         self.kind = type(one)
         row = np.dtype([(name, v[0].cpu().numpy().dtype, v.shape[1:]) for name, v in one._asdict().items()])

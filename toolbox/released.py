@@ -18,11 +18,10 @@ from toolbox.weights import dinov2_state, fetch, load_exactly, read_weights, ren
 
 
 def warped(image: np.ndarray, pre: Preprocess) -> Tensor:
-    """(H, W, 3) uint8 -> (3, S, S) float32, as CRIS, ETRIS and DETRIS do it: cv2.warpAffine, cubic, values rounded to 8
-    bits as there."""
-    mean, std = (torch.tensor(v)[:, None, None] for v in (pre.mean, pre.std))
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1).float() - 255 * mean  # so that what lies outside is the mean
-    return ((warp(x, pre.size, "bicubic") + 255 * mean).round().clamp(0, 255) / 255 - mean) / std
+    """(H, W, 3) uint8 -> (3, S, S) uint8, as CRIS, ETRIS and DETRIS do it: cv2.warpAffine, cubic."""
+    mean = 255 * torch.tensor(pre.mean)[:, None, None]  # what lies outside is the mean
+    x = torch.from_numpy(image.copy()).permute(2, 0, 1).float() - mean
+    return (warp(x, pre.size, "bicubic") + mean).round().clamp(0, 255).byte()
 
 
 def warped_mask(mask: np.ndarray, pre: Preprocess) -> Tensor:
