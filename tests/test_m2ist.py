@@ -119,12 +119,23 @@ def small_detr():
     return detr
 
 
+BERT = dict(num_hidden_layers=12, max_position_embeddings=512, hidden_size=48, num_attention_heads=4,
+            intermediate_size=96)
+
+
+@pytest.fixture
+def published(published_files, monkeypatch):
+    """Files that m2ist reads with its BERT made narrow, which leaves names, layers and vocabulary."""
+    monkeypatch.setitem(m2ist.BACKBONES, "detr-resnet-50", m2ist.BACKBONES["detr-resnet-50"] | dict(bert=BERT))
+    return published_files
+
+
 @pytest.fixture(scope="module")
-def published(tmp_path_factory):
+def published_files(tmp_path_factory):
     """(folder of files in the published layouts, their DETR, their BERT)"""
     folder, detr = tmp_path_factory.mktemp("published"), small_detr()
     torch.manual_seed(1)
-    bert = BertModel(BertConfig(num_hidden_layers=12))
+    bert = BertModel(BertConfig(**BERT))
     state = {f"model.{k}": v.contiguous() for k, v in detr.state_dict().items()}
     state |= {"class_labels_classifier.weight": torch.zeros(92, 256), "bbox_predictor.layers.0.weight": torch.zeros(4, 4)}
     save_file(state, folder / "hf.safetensors")
