@@ -176,9 +176,9 @@ def resuming(folder: Path):
     whole, broken = small / "runs" / "whole", small / "runs" / "broken"
     yield "three epochs, unbroken", command(folder, *training(small, whole, "--epochs", 3)), "share 0.01"
     yield "stopped in the second epoch", command(folder, *training(small, broken, "--epochs", 3), until="step 18/"), ""
-    yield "continued by `--resume`", command(folder, *training(small, broken, "--epochs", 3, "--resume")), (
-        "the same to the bit")
+    figures = command(folder, *training(small, broken, "--epochs", 3, "--resume"))
     must_be_same("the unbroken and the resumed run", result(whole), result(broken))
+    yield "continued by `--resume`", figures, "the same to the bit"
 
 
 def machines(folder: Path):
@@ -192,10 +192,9 @@ def machines(folder: Path):
                      "--rdzv_endpoint", address, "--local_addr", "127.0.0.1")
     with ThreadPoolExecutor(2) as pool:
         a, b = pool.map(lambda _: command(folder, *agent, *training(small, two, "--epochs", 3)), range(2))
-    yield "two machines, a process each", dict(
-        seconds=max(a["seconds"], b["seconds"]), cpu=a["cpu"] + b["cpu"], mib=max(a["mib"], b["mib"])), (
-        "the same to the bit")
     must_be_same("one machine and two", result(one), result(two))
+    yield "two machines, a process each", dict(seconds=max(a["seconds"], b["seconds"]), cpu=a["cpu"] + b["cpu"],
+                                               mib=max(a["mib"], b["mib"])), "the same to the bit"
 
 
 def small_folder(folder: Path) -> Path:
