@@ -50,7 +50,7 @@ column says "not here".
     Eq. 6, target        | silent                      | area: the mean of a cell, see below    | nearest pixel
     Sec. 4.1, epoch      | 120,624 samples             | one sentence of each object: 42,404    | same
     Sec. 4.2, words      | silent                      | 17; G-Ref (umd), mixed: 22             | mixed: 17
-    Sec. 4.2, images     | resized to 448 x 448        | letterbox, antialiased; mask 0 or 1    | cv2's warp of both
+    Sec. 4.2, images     | resized to 448 x 448        | letterbox, antialiased; mask likewise  | cv2's warp of both
     Sec. 4.2, mean, std  | silent                      | ImageNet's, as in DINOv2               | CLIP's
     Sec. 4.2, training   | 50 epochs; L: batch 64      | as printed                             | DETRIS, DETRIS_BASE
     Sec. 4.2, best epoch | silent                      | mIoU, all sentences of val             | one each (not here)

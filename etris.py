@@ -56,7 +56,7 @@ its column says "not here".
     Table 3, head        | 23.98M for all three           | RN101; RN50: 26.74M, ViT: 22.41M   | 24.24M, 26.74M, 22.67M
     Table 6, without HA  | silent                         | last level alone, deconvolved      | not there
     Sec. 4.2, images     | resized to 416 x 416           | letterbox, antialiased             | cv2's letterbox
-    Sec. 4.2, masks      | silent                         | 0 or 1                             | soft edges, from cv2
+    Sec. 4.2, masks      | silent                         | resized, antialiased               | soft edges, from cv2
     Sec. 4.2, lr, ViT    | Bridgers: 0.001                | as printed                         | 0.0001
     Sec. 4.2, epoch      | 120,624 samples                | a sentence of each object: 42,404  | same
     Sec. 4.2, best epoch | silent                         | mIoU, all sentences of val         | (2), not here
