@@ -15,7 +15,7 @@ vector with the vector of the sentence's first token. All parameters are trained
     Sec. III-C, Eq. 11       sigmoid, threshold tau     SharedRIS.loss (sigmoid); evaluate.py, predicted_mask (both)
     Sec. III-D, Eq. 12       loss                       SharedRIS.loss
     Fig. 5                   bi-directional fusion      BiDirection
-    Fig. 7, 10, 11           attention maps             evaluate.py --attention (toolbox/draw.py)
+    Fig. 7, 10, 11           attention maps             evaluate.py --attention (toolbox/attention.py)
     Tables III, V, VII, VIII ablations                  Config.stages, .shared_layers, .fpn_fusion, .decoder_fusion
 
 Deviations. No code of the authors is public. The last column names the public code that is followed instead.
