@@ -7,7 +7,7 @@ modality to the other, and the results are added to the features that the next s
 three levels with the sentence, then the fused map with the words, and convolves it with a kernel made of the sentence.
 
     Fig. 2               the whole model               ETRIS.forward
-    Fig. 3               features with, w/o Bridgers   toolbox/draw.py
+    Fig. 3               features with, w/o Bridgers   toolbox/attention.py
     Sec. 3.1             image tower in stages         toolbox/clip_towers.py
     Sec. 3.1             text tower in stages          ETRIS.encode
     Sec. 3.2, Eq. 1-2    Bridger                       Bridger.forward

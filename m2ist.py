@@ -15,7 +15,7 @@ vision-language (V-L) encoder fuses the results, and a head regresses the box fr
     Eq. 6                loss                          M2IST.loss
     Fig. 1               what is trained               Config.tune (a: full, b: adapter, c: method)
     Fig. 3, Table VII    forms of insertion            M2IST.add_sublayer, Config.insertion
-    Fig. 4               attention of [REG]            toolbox/draw.py
+    Fig. 4               attention of [REG]            toolbox/attention.py
     Tables I, II, IV-X   their rows                    toolbox/tables.py
 
 The side stream. The paper describes it in words only (Sec. III-B b): the adapters' outputs are added along with the
