@@ -210,6 +210,9 @@ class Process:
             print(*words, file=sys.stderr, flush=True)
 
 
+ALONE = Process(0, 1, torch.device("cpu"))
+
+
 def start(tiny: bool = False, device: str = "auto") -> Process:
     """Joins torchrun's group (NCCL on CUDA, gloo on CPU) or stands alone. Raises UserError where the device is missing,
     or where the environment has only some of what torchrun sets."""

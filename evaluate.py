@@ -69,13 +69,13 @@ def load_run(ckpt: str, weights: str | None, process: Process,
     except Exception as e:
         raise UserError(f"{ckpt}: its settings make no model: {common.first_line(e)}.") from None
     if info["frozen"] and not weights:
-        weights = info["weights"]
+        weights = runs.weights_of(ckpt, info)
         kinds = ".pth", ".pt", ".safetensors", ".spm", ".bin"
         if weights not in ("random", "pretrained") and not os.path.isdir(weights) and not all(
                 w.endswith(kinds) for w in weights.split(",")):  # a checkpoint does not say what files are opened
             raise UserError(f"{ckpt}: its weights, {weights[:200]!r}, are no files of weights; --weights takes them.")
     # with trained towers the checkpoint holds everything
-    model = runs.build(method, c, weights if info["frozen"] else "random", info["seed"])
+    model = runs.build(method, c, weights if info["frozen"] else "random", info["seed"], process)
     common.load_trained(model, state, ckpt)
     if info["frozen"] != common.fingerprint(model):
         raise UserError(f"{ckpt}: its frozen towers ({info['weights']}) are not the ones built here; "

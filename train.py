@@ -56,7 +56,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, common.TrainConfi
     p.add_argument("--variant", help="default: the paper's")
     p.add_argument("--tune", help="method (as the paper), frozen (head alone), full (everything), "
                    f"{', '.join(baselines.BASELINES)}, or one of these with the method's adapters: method+lora")
-    p.add_argument("--weights", help="pretrained (default), random (default for tiny), file[,file], or a run folder")
+    p.add_argument("--weights", help="pretrained (default; tiny: made in two minutes, and kept), random (default for "
+                   "tiny), file[,file], or a run folder")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATASET)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--seed", type=int, default=0)
@@ -165,10 +166,10 @@ def prepare(args: argparse.Namespace, c: common.TrainConfig, process: Process, o
                         f"{args.accumulate} parts each; a multiple of {args.accumulate * process.world_size} can.")
     # model
     device = process.device
-    model = runs.build(method, c, args.weights, args.seed).to(device)
+    model = runs.build(method, c, args.weights, args.seed, process).to(device)
     info = describe(args, c, process, model, train_source)
     features = cache_features(args, model, train_source, info["frozen"], process, stop)
-    process.on_main(lambda: runs.write_config(out, info))
+    process.on_main(lambda: runs.write_config(out, info, model))
     net = model
     if process.world_size > 1:
         if device.type == "cuda":
@@ -194,7 +195,7 @@ def prepare(args: argparse.Namespace, c: common.TrainConfig, process: Process, o
 
 def describe(args: argparse.Namespace, c: common.TrainConfig, process: Process, model, train_source) -> dict:
     """What a checkpoint says of its run: all that is needed to build its model anew, and where it came from."""
-    origin = runs.origin(args.weights)
+    origin = runs.origin(args.weights, c.backbone)
     return dict(method=args.method, config=dataclasses.asdict(c), weights=args.weights, seed=args.seed,
                 frozen=common.fingerprint(model), dataset=args.dataset, data_root=args.data_root,
                 val_split=args.val_split, amp=choose_amp(args.amp, process.device), accumulate=args.accumulate,

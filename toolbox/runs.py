@@ -20,9 +20,12 @@ from pathlib import Path
 import torch
 
 import common
-from common import Process, UserError
+from common import ALONE, Process, UserError
+from toolbox import pretrain
 
-FILES = ("config.json", "log.jsonl", "model.safetensors", "resume.pt", "metrics.json", "curves.png", "samples.png")
+TOWERS = "towers.safetensors"
+FILES = ("config.json", TOWERS, "log.jsonl", "model.safetensors", "resume.pt", "metrics.json", "curves.png",
+         "samples.png")
 RESUMED = {"model", "optimizer", "scaler", "rng", "progress", "identity"}
 
 
@@ -78,10 +81,14 @@ def lock(out: Path, resume: bool):
     return file
 
 
-def write_config(out: Path, info: dict) -> None:
-    """Writes what the run is. Raises UserError where the run to resume was started with something else."""
+def write_config(out: Path, info: dict, model: torch.nn.Module) -> None:
+    """Writes what the run is, with frozen towers that nobody else has. Raises UserError where the run to resume was
+    started with something else."""
     path, names = out / "config.json", ("dataset", "weights", "seed", "val_split")
     if not path.exists():
+        if info["origin"] == "toolbox.pretrain" and info["frozen"]:
+            pretrain.write(out / TOWERS, pretrain.towers_of(model),
+                           pretrain.describe(info["method"], model.c, info["seed"]))
         common.write_json(path, info)
         return
     try:
@@ -261,14 +268,24 @@ def is_run(weights: str) -> bool:
         os.path.isdir(weights) or os.path.basename(weights) == "model.safetensors" and "," not in weights)
 
 
-def build(method, config: common.TrainConfig, weights: str, seed: int) -> torch.nn.Module:
-    """The method's model with random weights, released ones, or the towers that another run trained. What is random
-    depends on `seed` alone."""
+def build(method, config: common.TrainConfig, weights: str, seed: int, process: Process = ALONE) -> torch.nn.Module:
+    """The method's model with random weights, released ones (tiny: those of toolbox/pretrain.py), or the towers that
+    another run trained. What is random depends on `seed` alone."""
     torch.manual_seed(seed)
-    model = method.Model(config, "random" if is_run(weights) else weights)
+    tiny = config.backbone.startswith("tiny") and weights != "random"
+    model = method.Model(config, "random" if tiny or is_run(weights) else weights)
     if is_run(weights):
         load_towers(model, weights, method.__name__)
+    elif tiny:
+        pretrain.load(model, pretrain.pretrained(method.__name__, config, seed, process) if weights == "pretrained" else
+                      pretrain.read(weights, method=method.__name__, backbone=config.backbone), weights)
     return model
+
+
+def weights_of(ckpt: str, info: dict) -> str:
+    """The --weights that the frozen towers of a checkpoint came from: a copy of tiny ones is in its run folder."""
+    copy = (Path(ckpt) if os.path.isdir(ckpt) else Path(ckpt).parent) / TOWERS
+    return str(copy) if info["weights"] == "pretrained" and copy.is_file() else info["weights"]
 
 
 def load_towers(model: torch.nn.Module, run: str, method: str) -> None:
@@ -294,10 +311,10 @@ def load_towers(model: torch.nn.Module, run: str, method: str) -> None:
     model.load_state_dict(state, strict=False)
 
 
-def origin(weights: str) -> str:
+def origin(weights: str, backbone: str = "") -> str:
     """What the towers came from in the first place: of a run, what its own came from."""
     if not is_run(weights):
-        return weights
+        return "toolbox.pretrain" if weights == "pretrained" and backbone.startswith("tiny") else weights
     info, _ = common.read_checkpoint(weights, tensors=False)
     return info.get("origin", info["weights"])
 
