@@ -38,7 +38,6 @@ from filelock import FileLock  # a requirement of torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torchvision.ops import box_convert, generalized_box_iou_loss
 from tqdm import tqdm
 
 import common
@@ -186,6 +185,8 @@ def etris(model, scenes: Scenes) -> Iterator[Stage]:
 
 
 def m2ist(model, scenes: Scenes) -> Iterator[Stage]:
+    from torchvision.ops import box_convert, generalized_box_iou_loss  # slow, and --help does without
+
     detr, bert, none = model.detr, model.bert, len(CLASSES)
     width = detr.input_proj.out_channels
     kinds, boxes = nn.Linear(width, none + 1), nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4))
