@@ -136,6 +136,8 @@ def check_sentence(sentence: str) -> str:
 # Pictures
 
 FORMATS = "JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM"  # no program is run for these, as it is for EPS
+
+
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
     """Any picture that Pillow reads, as (H, W, 3) uint8 RGB: upright (EXIF), transparency over white, 16-bit scaled.
 

@@ -123,8 +123,7 @@ def build_clip(backbone: str, weights: str, kind: str, clip: dict, hub: str = ""
     """
     import open_clip  # slow, and --help does without
 
-    if weights == "pretrained":
-        check_released(backbone, weights)
+    check_released(backbone, weights)
     model = open_clip.CLIP(**clip)
     if kind == "dinov2":
         from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel

@@ -307,7 +307,12 @@ def tower_names(model: nn.Module) -> dict[str, str]:
     towers, added = (tuple(n + "." for n, m in model.named_modules() if any(m is one for one in model.parts()[part]))
                      for part in ("backbone", "adapter"))
     names = [k for k in model.state_dict() if k.startswith(towers) and not k.startswith(added) and ".connect." not in k]
-    return {re.sub(r"parametrizations\.(\w+)\.original$", r"\1", k): k for k in names}
+    return {without_lora(k): k for k in names}
+
+
+def without_lora(name: str) -> str:
+    """The name of a tensor before LoRA's parametrization, which renames the weight that it changes."""
+    return re.sub(r"parametrizations\.(\w+)\.original$", r"\1", name)
 
 
 def towers_of(model: nn.Module) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import platform
-import re
 import signal
 import sys
 import time
@@ -301,8 +300,7 @@ def load_towers(model: torch.nn.Module, run: str, method: str) -> None:
         raise UserError(f"--weights {run}: that run trained no towers (it was --tune {info['config']['tune']}); "
                         "give its own --weights, or a run with --tune full.")
     own = model.state_dict()
-    # LoRA's parametrization renames the weight that it changes
-    renamed = {re.sub(r"parametrizations\.(\w+)\.original$", r"\1", k): k for k in own}
+    renamed = {pretrain.without_lora(k): k for k in own}
     state = {renamed.get(k, k): v for k, v in state.items()}
     odd = [k for k, v in state.items() if k not in own or not common.same_shape(k, own[k], v)]
     if odd:
