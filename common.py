@@ -396,6 +396,14 @@ def writing(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def cache_file(name: str) -> Path:
+    """Where a file lies that can be made anew. Raises UserError where there is no home."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(home):
+        raise UserError("there is no home folder for a cache; XDG_CACHE_HOME can name one")
+    return Path(home) / "refpapers" / name
+
+
 def check_place(path: str | Path) -> None:
     """Raises UserError where a file could not be written in the end."""
     path = Path(path)
@@ -460,12 +468,27 @@ def checksum(info: dict, state: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_model(path: Path, model: nn.Module, info: dict) -> None:
-    """What was trained as safetensors; `info` (method, config, weights, frozen, ...) as JSON in its metadata."""
-    state = trained_state(model)
+def write_tensors(path: str | Path, state: dict[str, Tensor], info: dict) -> None:
+    """Tensors as safetensors; `info` (method, ...) and a checksum of all as JSON in its metadata."""
     data = save(state, {"refpapers": json.dumps(info | dict(sha256=checksum(info, state)))})
     with writing(path) as temporary:
         temporary.write_bytes(data)
+
+
+def read_tensors(path: str | Path, tensors: bool = True) -> tuple[dict, dict[str, Tensor]]:
+    """(info, state) as write_tensors wrote them; the state is empty, and not checked, without `tensors`. Raises
+    UserError for another file, and for a damaged one."""
+    try:
+        with safe_open(path, "pt") as f:
+            info = json.loads((f.metadata() or {}).get("refpapers", "null"))
+            state = {k: f.get_tensor(k) for k in f.keys()} if tensors else {}
+    except (SafetensorError, OSError, ValueError) as e:
+        raise UserError(f"{path} is not a whole safetensors file: {str(e)[:200]}") from None
+    if not isinstance(info, dict) or not isinstance(expected := info.pop("sha256", None), str):
+        raise UserError(f"{path} was not written by this project: its metadata has no checksum.")
+    if tensors and checksum(info, state) != expected:
+        raise UserError(f"{path} is damaged: its tensors are not those that were written (their checksum differs).")
+    return info, state
 
 
 def read_checkpoint(path: str, tensors: bool = True) -> tuple[dict, dict[str, Tensor]]:
@@ -474,21 +497,11 @@ def read_checkpoint(path: str, tensors: bool = True) -> tuple[dict, dict[str, Te
     file = Path(path) / "model.safetensors" if os.path.isdir(path) else Path(path)
     if not file.is_file():
         raise UserError(f"{path}: no checkpoint here; give a run folder with a model.safetensors, or such a file.")
-    try:
-        with safe_open(file, "pt") as f:
-            info = json.loads((f.metadata() or {}).get("refpapers", "null"))
-            state = {k: f.get_tensor(k) for k in f.keys()} if tensors else {}
-    except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"{file} is not a whole safetensors file: {str(e)[:200]}") from None
-    needed = dict(method=str, config=dict, weights=str, seed=int, frozen=str, dataset=str, data_root=(str, type(None)),
-                  sha256=str)
-    if not isinstance(info, dict) or not all(isinstance(info.get(k), kind) for k, kind in needed.items()) \
-            or not 0 <= info["seed"] < 2**31:
+    info, state = read_tensors(file, tensors)
+    needed = dict(method=str, config=dict, weights=str, seed=int, frozen=str, dataset=str, data_root=(str, type(None)))
+    if not all(isinstance(info.get(k), kind) for k, kind in needed.items()) or not 0 <= info["seed"] < 2**31:
         raise UserError(f"{file} was not written by this project's train.py, or by an older version: its metadata is "
                         "incomplete.")
-    expected = info.pop("sha256")
-    if tensors and checksum(info, state) != expected:
-        raise UserError(f"{file} is damaged: its tensors are not those that train.py wrote (their checksum differs).")
     return info, state
 
 

@@ -34,7 +34,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import Preprocess, UserError, first_line, run_command, writing
+from common import Preprocess, UserError, cache_file, first_line, run_command, writing
 from toolbox.augment import Place, augment
 from toolbox.refer import decode_mask, read_annotations, what_it_is
 from toolbox.released import warped, warped_mask
@@ -475,19 +475,17 @@ def annotation_files(name: str, root: Path) -> list[Path]:
 def build_index(name: str, files: list[Path]) -> list[dict]:
     """One plain dict for each ref. Kept in a cache folder of ours until a source file changes."""
     stamp = [4, *(n for f in files for n in (f.stat().st_size, f.stat().st_mtime_ns))]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # relative: there is none
     key = hashlib.sha256("\n".join(str(f.resolve()) for f in files).encode()).hexdigest()[:16]
-    cache = home / "refpapers" / f"{name}-{key}.json"
+    kept = f"{name}-{key}.json"
     try:
-        saved = json.loads(cache.read_bytes())
+        saved = json.loads(cache_file(kept).read_bytes())
         if saved["stamp"] == stamp:
             return saved["entries"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, OSError, ValueError, KeyError, TypeError):
         pass  # none yet, or not ours to trust: it is made anew
     entries = index_entries(*read_annotations(files, REFER_FILES[name][2]), files)
-    if home.is_absolute():
-        with suppress(UserError), writing(cache) as temporary:  # without a cache it takes seconds longer
-            temporary.write_text(json.dumps(dict(stamp=stamp, entries=entries)))
+    with suppress(UserError), writing(cache_file(kept)) as temporary:  # without a cache it takes seconds longer
+        temporary.write_text(json.dumps(dict(stamp=stamp, entries=entries)))
     return entries
 
 

@@ -157,7 +157,7 @@ def test_without_a_cache_the_run_goes_on(kept, monkeypatch, tmp_path, capfd, whe
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     if where == "no home":
         monkeypatch.delenv("XDG_CACHE_HOME")
-        monkeypatch.setattr(pretrain.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        monkeypatch.setattr(common.os.path, "expanduser", lambda path: path)
     assert ask()[0] == 3 and ask()[0] == 3 and seeds == [3, 3]
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 2 and "for this command alone" in said[0]
@@ -169,7 +169,7 @@ def test_a_full_disk_is_one_sentence(kept, monkeypatch, capfd):
     def full(path, towers, info):
         raise UserError(f"{path} cannot be written: No space left on device.")
 
-    monkeypatch.setattr(pretrain, "write", full)
+    monkeypatch.setattr(common, "write_tensors", full)
     assert ask()[0] == 3 and seeds == [3] and not file.exists()
     assert "No space left on device. The run goes on" in capfd.readouterr().err
 
@@ -233,7 +233,7 @@ def test_the_papers_method_is_trained_on_them(made, method, tmp_path, monkeypatc
     c, run = load_method(method).config("tiny"), tmp_path / "run"
     file = pretrain.cache_file(pretrain.describe(method, c, 0))
     towers = pretrain.read(made(method))
-    pretrain.write(file, towers, pretrain.describe(method, c, 0))
+    common.write_tensors(file, towers, pretrain.describe(method, c, 0))
     monkeypatch.setattr(pretrain, "make", None)  # nothing is pretrained here
     train.main(["--method", method, "--weights", "pretrained", "--steps", "3", "--val-every", "3", "--batch-size", "4", "--workers", "0", "--out",
                 str(run), "--device", "cpu"])

@@ -50,8 +50,8 @@ def test_the_content_decides_how_a_file_is_read(tmp_path, name, content):
 
 
 @pytest.mark.parametrize("content, message", [
-    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 99\n", "a git-lfs pointer. Run git lfs pull"),
-    (b"\n<!DOCTYPE html><html>", "a web page. Download it again"), (b"", "empty. Download it again"),
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 99\n", "a pointer of git-lfs: `git lfs pull`"),
+    (b"\n<!DOCTYPE html><html>", "a web page, as a failed download leaves it"), (b"", "empty: download it again"),
     (zip_bytes({"beit3.pth": torch_bytes(STATE)}), "a zip archive without weights of PyTorch. Unpack it"),
     (b"hello", "neither a safetensors nor a PyTorch file"), (torch_bytes(STATE)[:300], "not a zip file")],
     ids=["git-lfs", "html", "empty", "zip", "text", "half"])

@@ -19,9 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import math
-import os
 import re
 import signal
 import sys
@@ -35,8 +33,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock  # a requirement of torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -331,22 +327,9 @@ def load(model: nn.Module, towers: dict[str, Tensor], where: str = "pretrained")
     model.load_state_dict({names[k]: v for k, v in towers.items()}, strict=False)
 
 
-def write(file: str | Path, towers: dict[str, Tensor], info: dict) -> None:
-    whole = save(towers, {"towers": json.dumps(info | dict(sha256=common.checksum(info, towers)))})
-    with common.writing(file) as temporary:
-        temporary.write_bytes(whole)
-
-
 def read(file: str | Path, **wanted) -> dict[str, Tensor]:
     """The towers of a file. Raises UserError where it is damaged, or not of the `wanted` method, backbone, ..."""
-    try:
-        with safe_open(file, "pt") as f:
-            info = json.loads((f.metadata() or {}).get("towers", "{}"))
-            towers = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError, ValueError) as e:
-        raise UserError(f"{file} is not a whole safetensors file: {common.first_line(e)}.") from None
-    if info.pop("sha256", "") != common.checksum(info, towers):
-        raise UserError(f"{file} is damaged, or was not written by toolbox.pretrain.")
+    info, towers = common.read_tensors(file)
     for name, value in wanted.items():
         if info.get(name) != value:
             raise UserError(f"{file} holds towers of {name} {info.get(name)}, not {value}.")
@@ -360,9 +343,7 @@ def describe(method: str, c: TrainConfig, seed: int) -> dict:
 
 
 def cache_file(info: dict) -> Path:
-    """Raises RuntimeError where there is no home."""
-    folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "refpapers" / ("-".join(map(str, info.values())) + ".safetensors")
+    return common.cache_file("-".join(map(str, info.values())) + ".safetensors")
 
 
 def pretrained(method: str, c: TrainConfig, seed: int, process: Process = ALONE) -> dict[str, Tensor]:
@@ -377,7 +358,7 @@ def cached(info: dict, say: Callable[[str], None]) -> dict[str, Tensor]:
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{file}.lock")
         lock.acquire()  # another command may be making them
-    except (OSError, RuntimeError) as e:
+    except (OSError, UserError) as e:
         say(f"pretraining {info['method']}'s tiny towers for this command alone, as there is no cache: {e}")
         return make(*names)
     try:
@@ -386,7 +367,7 @@ def cached(info: dict, say: Callable[[str], None]) -> dict[str, Tensor]:
         say(f"pretraining {info['method']}'s tiny towers, one to two minutes on a CPU, kept in {file}")
         towers = make(*names)
         try:
-            write(file, towers, info)
+            common.write_tensors(file, towers, info)
         except UserError as e:
             say(f"{e} The run goes on with these towers; the next one makes them anew.")
         return towers
@@ -412,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
     info = describe(args.method, c, args.seed)
     if args.out:
         common.check_place(args.out)
-        write(args.out, make(args.method, c.backbone, c.image_size, args.seed, args.steps), info)
+        common.write_tensors(args.out, make(args.method, c.backbone, c.image_size, args.seed, args.steps), info)
     else:
         pretrained(args.method, c, args.seed)
     print(args.out or cache_file(info))

@@ -26,12 +26,17 @@ STARTS = {  # of files that stand where others are wanted -> what they are, and 
 
 def what_it_is(path: str | Path) -> str:
     """What a file is that cannot be read, to end a message with; "" where its first bytes do not tell."""
-    start = b""
+    start = None
     with suppress(OSError), open(path, "rb") as f:
         start = f.read(64)
+    if start is None:
+        return ""
+    if not start:
+        return "; it is empty: download it again"
     if start[4:8] == b"ftyp":  # ISO base media, whose brand follows
         return "; it is a picture in AVIF or HEIC, or a film: save it as JPEG or PNG"
-    return next((f"; {what}" for begin, what in STARTS.items() if start.lower().startswith(begin.lower())), "")
+    start = start.lstrip().lower()
+    return next((f"; {what}" for begin, what in STARTS.items() if start.startswith(begin.lower())), "")
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import common
 from common import Preprocess, Process, UserError
+from toolbox.refer import what_it_is
 from toolbox.weights import dinov2_state, fetch, load_exactly, read_weights, renamed
 
 
@@ -71,12 +72,12 @@ def is_released(ckpt: str) -> bool:
     if ckpt.startswith("hf:") or not os.path.isfile(ckpt):
         return ckpt.startswith("hf:")
     with open(ckpt, "rb") as f:
-        head = f.read(20)
-    if head == b"version https://git-":
-        raise UserError(f"{ckpt} is git-lfs's pointer to a file, not the file; git lfs pull in its folder fetches it.")
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        raise UserError(f"{ckpt} is a web page, not a checkpoint; the download went to a page about the file.")
-    return head.startswith((b"PK", b"\x80\x02", b"\x80\x04"))
+        head = f.read(2)
+    if head in (b"PK", b"\x80\x02", b"\x80\x04"):
+        return True
+    if what := what_it_is(ckpt):
+        raise UserError(f"{ckpt} is no checkpoint{what}.")
+    return False
 
 
 TRAINED_ON = {  # words of a file's name, or of its folder's -> what such a file was trained on

@@ -86,8 +86,8 @@ def write_config(out: Path, info: dict, model: torch.nn.Module) -> None:
     path, names = out / "config.json", ("dataset", "weights", "seed", "val_split")
     if not path.exists():
         if info["origin"] == "toolbox.pretrain" and info["frozen"]:
-            pretrain.write(out / TOWERS, pretrain.towers_of(model),
-                           pretrain.describe(info["method"], model.c, info["seed"]))
+            common.write_tensors(out / TOWERS, pretrain.towers_of(model),
+                                 pretrain.describe(info["method"], model.c, info["seed"]))
         common.write_json(path, info)
         return
     try:
@@ -144,7 +144,8 @@ def peak_memory(device: torch.device) -> float:
 
 def save_best(run, val: dict) -> None:
     step = run.progress.step
-    common.save_model(run.out / "model.safetensors", run.model, run.info | dict(step=step, val=val))
+    common.write_tensors(run.out / "model.safetensors", common.trained_state(run.model),
+                         run.info | dict(step=step, val=val))
     if val:
         about = dict(step=step, dataset=run.args.dataset, split=run.args.val_split)
         about |= dict(leak=run.info["leak"]) if run.info["leak"] else {}
@@ -293,16 +294,12 @@ def load_towers(model: torch.nn.Module, run: str, method: str) -> None:
     if info["method"] != method or info["config"]["backbone"] != model.c.backbone:
         raise UserError(f"--weights {run}: a run of {info['method']} with {info['config']['backbone']}, "
                         f"not of {method} with {model.c.backbone}.")
-    towers = model.parts()["backbone"]
-    prefixes = tuple(n + "." for n, m in model.named_modules() if any(m is t for t in towers))
-    state = {k: v for k, v in state.items() if k.startswith(prefixes)}
-    if not state or info["frozen"]:
+    if info["frozen"]:
         raise UserError(f"--weights {run}: that run trained no towers (it was --tune {info['config']['tune']}); "
                         "give its own --weights, or a run with --tune full.")
-    own = model.state_dict()
-    renamed = {pretrain.without_lora(k): k for k in own}
-    state = {renamed.get(k, k): v for k, v in state.items()}
-    odd = [k for k, v in state.items() if k not in own or not common.same_shape(k, own[k], v)]
+    own, names = model.state_dict(), pretrain.tower_names(model)
+    state = {names[k]: v for k, v in state.items() if k in names}
+    odd = [k for k, v in state.items() if not common.same_shape(k, own[k], v)]
     if odd:
         raise UserError(f"--weights {run}: its towers do not fit these settings: {min(odd)} is "
                         f"{tuple(state[min(odd)].shape)} there.")

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from common import UserError, first_line
+from toolbox.refer import what_it_is
 
 # Files
 #
@@ -127,10 +128,6 @@ def read_by_content(path: str):
         start = f.read(64)
     if start[8:9] == b"{":  # behind the length of the header
         return load_file(path)
-    if start.startswith(b"version https://git-lfs"):
-        raise ValueError("it is a git-lfs pointer. Run git lfs pull in its folder, or download the file itself.")
-    if not start or start.lstrip().startswith(b"<"):
-        raise ValueError(f"it is {'a web page' if start else 'empty'}. Download it again.")
     if start.startswith(b"PK"):
         with zipfile.ZipFile(path) as archive:
             inside = archive.infolist()
@@ -140,7 +137,7 @@ def read_by_content(path: str):
         if (size := sum(i.file_size for i in inside)) > os.path.getsize(path) + 2**26:
             raise ValueError(f"unpacked it would have {size:,} bytes, many more than the file.")
     elif not start.startswith(b"\x80"):
-        raise ValueError("it is neither a safetensors nor a PyTorch file.")
+        raise ValueError(f"it is neither a safetensors nor a PyTorch file{what_it_is(path)}.")
     # DETR's files also contain their flags, other files numpy scalars
     scalar = np.float64(0).__reduce__()[0]
     numbers = [np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)), scalar,
