@@ -1,6 +1,6 @@
 """Trains one of the methods.
 
-    python train.py --method dcris                                       # built-in shapes, tiny towers, two CPU cores
+    python train.py --method dcris                                       # built-in shapes, tiny towers, one CPU core
     python train.py --method dcris --dataset refcoco --data-root DATA    # one GPU
     torchrun --nproc_per_node 8 train.py --method dcris --dataset refcoco --data-root DATA
     python train.py ... --resume                                         # the same command, where it stopped
@@ -56,8 +56,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, common.TrainConfi
     p.add_argument("--variant", help="default: the paper's")
     p.add_argument("--tune", help="method (as the paper), frozen (head alone), full (everything), "
                    f"{', '.join(baselines.BASELINES)}, or one of these with the method's adapters: method+lora")
-    p.add_argument("--weights", help="pretrained (default; tiny: made in two minutes, and kept), random (default for "
-                   "tiny), file[,file], or a run folder")
+    p.add_argument("--weights", default="pretrained", help="pretrained (default; tiny: made in two minutes, and kept), "
+                   "random, file[,file], or a run folder")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATASET)")
     p.add_argument("--resume", action="store_true", help="continue the run in --out")
     p.add_argument("--seed", type=int, default=0)
@@ -76,10 +76,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, common.TrainConfi
     args, _ = p.parse_known_args([w for w in words if w not in ("-h", "--help")])
     method = load_method(args.method)
     backbone = args.backbone or ("tiny" if args.dataset.startswith("shapes") else next(iter(method.BACKBONES)))
-    variant, weights = args.variant or method.VARIANTS[0], args.weights
-    weights = weights or ("random" if backbone.startswith("tiny") else "pretrained")
-    random_tiny = backbone.startswith("tiny") and weights == "random"
-    tune = args.tune or ("full" if random_tiny else method.TUNES[0])
+    variant, tune = args.variant or method.VARIANTS[0], args.tune or method.TUNES[0]
     for name, value, values in (("backbone", backbone, method.BACKBONES), ("variant", variant, method.VARIANTS),
                                 ("tune", tune, method.TUNES)):
         if value not in values:
@@ -88,9 +85,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, common.TrainConfi
     args = p.parse_args(words)
     if args.accumulate < 1 or args.log_every < 1 or args.workers < 0 or not 0 <= args.seed < 2**31:
         p.error("--accumulate and --log-every must be positive, --workers not negative, --seed 0 to 2147483647")
-    args.note = "the tiny towers are random, so nothing is worth freezing: --tune full, everything is trained" if \
-        args.tune is None and random_tiny else ""
-    args.backbone, args.variant, args.weights, args.tune = backbone, variant, weights, tune
+    args.backbone, args.variant, args.tune = backbone, variant, tune
     return args, method.config(backbone, variant, args.dataset, tune=tune, **config_flags(args, method.Config))
 
 
@@ -218,7 +213,7 @@ def announce(run: Run, sentences: int) -> None:
     process.print(f"{args.method} ({args.backbone}, {args.variant}) on {args.dataset}: "
                   f"{len(run.items.source)} objects, {sentences} sentences, {run.steps} steps of {run.c.batch_size}, "
                   f"seed {args.seed}, {process.world_size} x {process.device}, amp {info['amp']}, to {run.out}")
-    for note in args.note, info["note"], info["leak"]:
+    for note in info["note"], info["leak"]:
         if note:
             process.print(note)
     process.print(f"trained: {common.count(run.model, True):,} of {common.count(run.model):,} parameters "

@@ -846,7 +846,8 @@ def test_a_run_on_mixed_says_and_keeps_what_was_left_out(tmp_path, capsys):
     import train
     make_mixed(tmp_path)
     train.main(["--method", "dcris", "--dataset", "mixed", "--data-root", str(tmp_path), "--backbone", "tiny", "--steps",
-                "2", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--out", str(tmp_path / "run")])
+                "2", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--weights", "random", "--out",
+                str(tmp_path / "run")])
     assert "5 of 8 train objects" in capsys.readouterr().err
     assert "5 of 8 train objects" in json.loads((tmp_path / "run" / "config.json").read_text())["note"]
 

@@ -235,7 +235,7 @@ def test_the_papers_method_is_trained_on_them(made, method, tmp_path, monkeypatc
     towers = pretrain.read(made(method))
     common.write_tensors(file, towers, pretrain.describe(method, c, 0))
     monkeypatch.setattr(pretrain, "make", None)  # nothing is pretrained here
-    train.main(["--method", method, "--weights", "pretrained", "--steps", "3", "--val-every", "3", "--batch-size", "4", "--workers", "0", "--out",
+    train.main(["--method", method, "--steps", "3", "--val-every", "3", "--batch-size", "4", "--workers", "0", "--out",
                 str(run), "--device", "cpu"])
     info, trained = common.read_checkpoint(str(run))
     assert info["config"]["tune"] == "method" and info["weights"] == "pretrained" and not info["leak"]

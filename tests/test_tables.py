@@ -244,7 +244,7 @@ def test_a_checkpoint_of_a_baseline(name, tune, tmp_path):
     """Trained on a run's towers, saved, and built again from these."""
     towers, run = str(tmp_path / "towers"), str(tmp_path / "run")
     quick = ["--method", name, "--steps", "6", "--val-every", "6", "--batch-size", "4", "--workers", "0"]
-    train.main([*quick, "--tune", "full", "--out", towers])
+    train.main([*quick, "--weights", "random", "--tune", "full", "--out", towers])
     train.main([*quick, "--dataset", "shapes-shift", "--weights", towers, "--tune", tune, "--out", run])
     best = json.loads((tmp_path / "run" / "metrics.json").read_text())
     evaluate.main(["--ckpt", run, "--json", str(tmp_path / "out.json")])

@@ -57,18 +57,26 @@ class Scenes:
 
     def __init__(self, seed: int, pre: Preprocess):
         self.seed, self.pre, self.rng = seed, pre, np.random.default_rng([seed, 100])
-        self.scene = lru_cache(PICTURES)(self._scene)
+        self.place, self.picture = (lru_cache(PICTURES)(f) for f in (self._place, self._picture))
 
-    def _scene(self, number: int) -> tuple[np.ndarray, list[Thing]]:
+    def _place(self, number: int) -> tuple[list[Thing], np.random.Generator]:
         rng = np.random.default_rng([self.seed, 100, number])  # no split of `shapes` has the number 100
         things = place_things(rng)
-        things = things[:rng.integers(1, len(things) + 1)]
-        return draw_scene(things, 64, "shapes", rng)[0], things
+        return things[:rng.integers(1, len(things) + 1)], rng
+
+    def _picture(self, number: int) -> np.ndarray:
+        things, rng = self._place(number)
+        return draw_scene(things, 64, "shapes", rng)[0]
 
     def draw(self, n: int) -> tuple[Tensor, list[list[Thing]]]:
         """-> images (n, C, S, S) on the canvas of the method, what is in each"""
-        images, things = zip(*map(self.scene, self.rng.integers(PICTURES, size=n).tolist()))
-        return normalise(torch.stack([to_canvas(image, self.pre) for image in images]), self.pre), list(things)
+        numbers = self.rng.integers(PICTURES, size=n).tolist()
+        images = [to_canvas(self.picture(number), self.pre) for number in numbers]
+        return normalise(torch.stack(images), self.pre), [self.place(number)[0] for number in numbers]
+
+    def things(self, n: int) -> list[list[Thing]]:
+        """The same without the pictures."""
+        return [self.place(number)[0] for number in self.rng.integers(PICTURES, size=n).tolist()]
 
     def captions(self, scenes: list[list[Thing]]) -> list[str]:
         return [caption(things, self.rng) for things in scenes]
@@ -150,7 +158,7 @@ def dcris(model, scenes: Scenes) -> Iterator[Stage]:
     bag = nn.Linear(text.text_projection.shape[1], text.token_embedding.num_embeddings)
 
     def read() -> Tensor:
-        tokens = model.tokenize(scenes.captions(scenes.draw(64)[1]))
+        tokens = model.tokenize(scenes.captions(scenes.things(64)))
         f_t, f_s, pad = model.encode_text(tokens)                # (B, L, C), (B, C'), (B, L)
         used, number = tokens.unique(return_inverse=True)
         there = torch.zeros(len(tokens), len(used)).scatter_(1, number, 1)
@@ -216,7 +224,7 @@ def m2ist(model, scenes: Scenes) -> Iterator[Stage]:
     yield Stage("detection", 800, 1e-3, [detr, kinds, boxes], detect)
 
     def fill() -> Tensor:
-        tokens = model.tokenize(scenes.captions(scenes.draw(64)[1]))
+        tokens = model.tokenize(scenes.captions(scenes.things(64)))
         mask = (torch.rand(tokens.shape) < 0.2) & (tokens > SEP)
         x = model.encode_text(tokens.masked_fill(mask, BERT_MASK)).output  # (B, L, C)
         return next_or_masked(x, bert.embeddings.word_embeddings.weight, tokens, mask)
