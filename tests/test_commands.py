@@ -1,8 +1,5 @@
 """python -m pytest tests/test_commands.py"""
 
-import contextlib
-import importlib.util
-import io
 import json
 import os
 import pickle
@@ -610,75 +607,3 @@ def test_efficiency_of_each_value_of_a_setting(capsys):
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[2:4]] == ["content", "attention"]
     with pytest.raises(common.UserError, match="--vary lr"):
         costs.main(["--method", "m2ist", "--backbone", "tiny", "--vary", "lr"])
-
-
-@pytest.fixture
-def study(monkeypatch):
-    """docs/study.py, whose commands run in this process, one after another."""
-    spec = importlib.util.spec_from_file_location("study", ROOT / "docs" / "study.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    class Serial:
-        def __init__(self, jobs):
-            self.map = map
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-    module.really, module.ran = module.command, []
-
-    def command(program, *flags):
-        module.ran.append(list(map(str, flags)))
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            main = {"train.py": train.main, "evaluate.py": evaluate.main, "-m toolbox.costs": costs.main}[program]
-            quick = ["--batch-size", "4", "--workers", "0"] if main is train.main else []
-            main([*module.ran[-1], *quick, "--device", "cpu"])
-        return out.getvalue()
-
-    monkeypatch.setattr(module, "command", command)
-    monkeypatch.setattr(module, "ThreadPoolExecutor", Serial)
-    return module
-
-
-def test_the_study_from_towers_to_a_plot(study, tmp_path, capsys):
-    flags = ["--steps", "2", "--seeds", "1,2", "--tunes", "bitfit,full", "--out", str(tmp_path / "runs")]
-    study.main(flags)
-    out = capsys.readouterr().out
-    cells = [[c.strip() for c in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
-    assert [row[0] for row in cells[2:]] == ["none (as it is)", "bitfit", "full"] and cells[3][1] == "337,089"
-    rows = json.loads((tmp_path / "runs" / "study.json").read_text())
-    for tune, row, line in zip(("bitfit", "full"), rows[1:], cells[3:]):
-        runs = [tmp_path / "runs" / f"dcris-{seed}-2steps-{tune}" for seed in (1, 2)]
-        metrics = [json.loads((run / "metrics.json").read_text())["mIoU"] for run in runs]
-        assert row["values"] == metrics and line[4] == ", ".join(f"{m:.1f}" for m in metrics)
-        info = common.read_checkpoint(str(runs[1]))[0]
-        assert info["weights"] == str(tmp_path / "runs" / "dcris-2-2steps") and info["seed"] == 2
-        assert info["dataset"] == "shapes-shift" and info["config"]["tune"] == tune
-    assert os.path.exists(tmp_path / "runs" / "study.png") == (importlib.util.find_spec("matplotlib") is not None)
-    study.ran.clear()
-    study.main(flags)  # again: what is there is not trained again
-    assert len(study.ran) == 10 and all("--resume" in words for words in study.ran if "--method" in words and "--out" in words)
-    assert json.loads((tmp_path / "runs" / "study.json").read_text()) == rows
-
-
-def test_a_study_that_cannot_be(study, tmp_path, capsys, monkeypatch):
-    (tmp_path / "file").write_text("")
-    for flags, message in [(["--tunes", "lora,lore"], "--tunes: dcris has method, frozen"), (["--seeds", "1,1"], "each once"),
-                           (["--steps", "0"], "must be positive"), (["--out", str(tmp_path / "file")], "File exists"),
-                           (["--method", "shared_ris", "--tunes", "method+lora"], "shared_ris has")]:
-        with pytest.raises((SystemExit, common.UserError)) as e:
-            study.parse(flags)
-        assert message in capsys.readouterr().err + str(e.value)
-    rows = [dict(tune="none", trained=0, beside_head=0, saved=0, values=[20.0, 30.0]),
-            dict(tune="lora", trained=10, beside_head=5, saved=2**20, values=[40.0, 44.0])]
-    study.print_markdown(rows, "mIoU")
-    assert "| lora | 10 | 1.00 MiB | 42.0 (2.8) | 40.0, 44.0 |" in capsys.readouterr().out
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    study.plot(rows, "mIoU", "a title", tmp_path / "a.png")
-    assert "pip install matplotlib" in capsys.readouterr().err and not (tmp_path / "a.png").exists()
-    with pytest.raises(SystemExit, match="nothing.py --steps 3 ended with 2: .*nothing.py"):
-        study.really("nothing.py", "--steps", 3)
