@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -98,6 +99,49 @@ def sine_2d(h: int, w: int, dim: int, like: Tensor) -> Tensor:
     """Half of the channels for x, half for y. -> (h * w, dim)"""
     x, y = sine_1d(w, dim // 2, like), sine_1d(h, dim // 2, like)
     return torch.cat([x[None].expand(h, -1, -1), y[:, None].expand(-1, w, -1)], 2).flatten(0, 1)
+
+
+class Attention(nn.MultiheadAttention):
+    """nn.MultiheadAttention of tokens (B, N, C), without weights unless they are asked for. PyTorch's transposes the
+    tokens; with weights that are frozen it then takes a product for each token, not one for all."""
+
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0):
+        super().__init__(dim, heads, dropout, batch_first=True)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, key_padding_mask: Tensor | None = None,
+                need_weights: bool = False, attn_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """key_padding_mask: (B, M), True = padding; attn_mask: added to the scores"""
+        if need_weights:
+            return super().forward(q, k, v, key_padding_mask, attn_mask=attn_mask)
+        parts = zip((q, k, v), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
+        q, k, v = (F.linear(*part).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        mask = attn_mask if key_padding_mask is None else ~key_padding_mask[:, None, None]
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), None
+
+
+class FrozenBatchNorm(nn.Module):
+    """BatchNorm of a map with constant statistics: a scale and a shift, for which backward needs no map. All of its
+    tensors are buffers."""
+
+    def __init__(self, width: int, eps: float = 1e-5):
+        super().__init__()
+        self.eps = eps
+        for name, value in dict(weight=1, bias=0, running_mean=0, running_var=1).items():
+            self.register_buffer(name, torch.full((width,), float(value)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+
+
+def freeze(tower: nn.Module) -> None:
+    """Nothing of a tower is trained: no gradients, and it stays in eval mode. Its tensors and their names stay."""
+    tower.requires_grad_(False).eval().train = lambda mode=True: tower
+    computed_as = {nn.MultiheadAttention: Attention, nn.BatchNorm2d: FrozenBatchNorm}
+    for m in tower.modules():
+        m.__class__ = computed_as.get(type(m), type(m))
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:

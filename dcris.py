@@ -77,7 +77,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision, sine_1d, sine_2d
+from common import (Attention, Preprocess, TrainConfig, check_config, dice_loss, freeze, in_full_precision, sine_1d,
+                    sine_2d)
 from toolbox import baselines
 from toolbox.tokenizers import clip_tokens
 from toolbox.weights import check_released, load_dinov2_and_clip
@@ -254,7 +255,7 @@ class DenseCrossAdapter(nn.Module):
         self.dense = DenselyConnected(d, dims=2)
         self.image_proj = nn.Linear(d, e)
         self.text_proj = nn.Linear(text_width, e)
-        self.attention = nn.MultiheadAttention(e, c.cross_heads, dropout=c.cross_dropout, batch_first=True)
+        self.attention = Attention(e, c.cross_heads, c.cross_dropout)
         self.back_proj = nn.Linear(e, d)
         self.up = nn.Linear(d, width)
         for m in self.modules():  # as in DETRIS: DINOv2's initialization for linear layers, He's for convolutions
@@ -279,7 +280,7 @@ class DenseCrossAdapter(nn.Module):
         prefix, F_v = F_v[:, :-n], F_v[:, -n:]                   # (B, 5, d), (B, N, d)
         F_dense = self.dense(F_v.transpose(1, 2).unflatten(2, grid)).flatten(2).transpose(1, 2)  # (B, N, d)
         q, words = self.image_proj(F_dense), self.text_proj(f_t)  # (B, N, e), (B, L, e)
-        a = self.attention(q, words, words, key_padding_mask=pad, need_weights=False)[0]
+        a = self.attention(q, words, words, pad)[0]
         F_cross = self.back_proj(a) + F_v                        # (B, N, d)  Eq. 2, line 1
         return torch.cat([prefix, F_cross], 1)
 
@@ -354,7 +355,7 @@ class Neck(nn.Module):
         dim = c.head_dim
         self.txt_proj = nn.Linear(text_width, dim)
         self.f_proj = nn.ModuleList(conv_layer(width, dim, 1) for _ in range(3))
-        self.fusion = nn.ModuleList(nn.MultiheadAttention(dim, c.head_heads, batch_first=True) for _ in range(3))
+        self.fusion = nn.ModuleList(Attention(dim, c.head_heads) for _ in range(3))
         self.aggr = conv_layer(3 * dim, dim, 1)
         self.coordconv = nn.Sequential(CoordConv(dim, dim), conv_layer(dim, dim, 3))
 
@@ -365,7 +366,7 @@ class Neck(nn.Module):
         for x, proj, fusion in zip(maps, self.f_proj, self.fusion):
             x = proj(x)                                          # (B, dim, H, W)
             q = x.flatten(2).transpose(1, 2)                     # (B, N, dim)
-            a = fusion(q, text, text, key_padding_mask=pad, need_weights=False)[0]
+            a = fusion(q, text, text, pad)[0]
             levels.append(x * a.transpose(1, 2).view_as(x))      # (B, dim, H, W)  Eq. 4, F_MHCA
         F_f = self.aggr(torch.cat(levels, 1))                    # (B, dim, H, W)  Eq. 4, F_f
         return self.coordconv(F_f) + F_f                         # (B, dim, H, W)  Eq. 4, f_c
@@ -378,9 +379,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, ffn: int, dropout: float):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.self_attn = Attention(dim, heads, dropout)
         self.self_attn_norm = nn.LayerNorm(dim)
-        self.cross_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.cross_attn = Attention(dim, heads, dropout)
         self.cross_attn_norm = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.ReLU(), nn.Dropout(dropout), nn.LayerNorm(ffn),
                                  nn.Linear(ffn, dim))
@@ -389,10 +390,11 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, f_t: Tensor, pad: Tensor | None, x_pos: Tensor, t_pos: Tensor) -> Tensor:
         """x: (B, N, dim); f_t: (B, L, dim); pad: (B, L), True = padding -> (B, N, dim)"""
         y = self.norm1(x)
-        y = self.self_attn(y + x_pos, y + x_pos, y, need_weights=False)[0]
+        q = y + x_pos
+        y = self.self_attn(q, q, y)[0]
         x = x + self.dropout(self.self_attn_norm(y))             # MHSA
         y = self.norm2(x)
-        y = self.cross_attn(y + x_pos, f_t + t_pos, f_t, key_padding_mask=pad, need_weights=False)[0]
+        y = self.cross_attn(y + x_pos, f_t + t_pos, f_t, pad)[0]
         x = x + self.dropout(self.cross_attn_norm(y))            # MHCA
         return x + self.dropout(self.ffn(self.norm3(x)))         # MLP
 
@@ -462,8 +464,9 @@ class DCRIS(nn.Module):
         self.neck = Neck(c, width, sentence_width if self.detris else text_width)
         self.decoder = Decoder(c)
         self.proj = Projector(c.head_dim, sentence_width)
-        for tower in self.vision, self.text:
-            tower.requires_grad_(c.tune == "full")
+        if c.tune != "full":
+            freeze(self.vision)
+            freeze(self.text)
         for p in self.vision.embeddings.mask_token, self.text.logit_scale:  # which the forward pass does not read
             p.requires_grad_(False)
         DA, TA = (DenseAligner, DETRISTextAdapter) if self.detris else (DenseCrossAdapter, TextAdapter)
@@ -477,13 +480,6 @@ class DCRIS(nn.Module):
         return dict(backbone=[self.vision, self.text],
                     adapter=[self.visual_adapters, self.text_adapters, *self.baseline],
                     head=[self.neck, self.decoder, self.proj])
-
-    def train(self, mode: bool = True) -> DCRIS:
-        super().train(mode)
-        if self.c.tune != "full":  # no dropout or other effect of training in the frozen towers
-            self.vision.eval()
-            self.text.eval()
-        return self
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """CLIP's BPE, lower case: start, words, end, zeros; cut to `words` tokens, the end kept. -> (B, words)"""

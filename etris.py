@@ -81,7 +81,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision, sine_1d, sine_2d
+from common import (Attention, Preprocess, TrainConfig, check_config, dice_loss, freeze, in_full_precision, sine_1d,
+                    sine_2d)
 from toolbox import baselines
 from toolbox.clip_towers import TOWERS, build_clip, resized
 from toolbox.tokenizers import clip_tokens
@@ -254,20 +255,19 @@ class Interactor(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         d, heads, p = c.bridger_dim, c.bridger_heads, c.bridger_dropout
-        self.self_attn = nn.MultiheadAttention(d, heads, dropout=p, batch_first=True)
-        self.cross_attn = nn.MultiheadAttention(d, heads, dropout=p, batch_first=True)
+        self.self_attn = Attention(d, heads, p)
+        self.cross_attn = Attention(d, heads, p)
         self.ffn = nn.Sequential(nn.Linear(d, c.bridger_ffn), nn.ReLU(), nn.Dropout(p), nn.Linear(c.bridger_ffn, d))
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
         self.dropout = nn.Dropout(p)
 
     def mhsa(self, x: Tensor, pad: Tensor | None) -> Tensor:
         """x: (B, N, d); pad: (B, N), True = padding -> (B, N, d)"""
-        return self.norm1(x + self.dropout(self.self_attn(x, x, x, key_padding_mask=pad, need_weights=False)[0]))
+        return self.norm1(x + self.dropout(self.self_attn(x, x, x, pad)[0]))
 
     def mhca(self, x: Tensor, other: Tensor, pad: Tensor | None) -> Tensor:
         """x: (B, N, d); other: (B, M, d); pad: (B, M), True = padding -> (B, N, d)"""
-        y = self.cross_attn(x, other, other, key_padding_mask=pad, need_weights=False)[0]
-        return self.norm2(x + self.dropout(y))
+        return self.norm2(x + self.dropout(self.cross_attn(x, other, other, pad)[0]))
 
     def feed_forward(self, x: Tensor) -> Tensor:
         return self.norm3(x + self.dropout(self.ffn(x)))
@@ -334,10 +334,10 @@ class ReleasedViTInteractor(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.cross_attn = nn.MultiheadAttention(c.bridger_dim, c.bridger_heads, batch_first=True)
+        self.cross_attn = Attention(c.bridger_dim, c.bridger_heads)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        return x * self.cross_attn(x, other, other, need_weights=False)[0]
+        return x * self.cross_attn(x, other, other)[0]
 
 
 class ReleasedViTBridger(Bridger):
@@ -386,7 +386,7 @@ class Neck(nn.Module):
         dim = c.head_dim
         self.txt_proj = nn.Linear(text_width, dim) if c.text_proj or text_width != dim else nn.Identity()
         self.f_proj = nn.ModuleList(resample_layer(w, dim, s, up) for w, s, up in zip(widths, strides, UP))
-        self.fusion = nn.ModuleList(nn.MultiheadAttention(dim, c.head_heads, batch_first=True) for _ in range(3))
+        self.fusion = nn.ModuleList(Attention(dim, c.head_heads) for _ in range(3))
         self.aggr = conv_layer(3 * dim, dim, 1)
         self.coordconv = nn.Sequential(CoordConv(dim, dim), conv_layer(dim, dim, 3))
 
@@ -397,7 +397,7 @@ class Neck(nn.Module):
         for x, proj, fusion in zip(maps, self.f_proj, self.fusion):
             x = proj(x)                                          # (B, dim, H, W)  Eq. 6, line 1
             q = x.flatten(2).transpose(1, 2)                     # (B, N, dim)
-            a = fusion(q, text, text, need_weights=False)[0]
+            a = fusion(q, text, text)[0]
             levels.append(x * a.transpose(1, 2).view_as(x))      # (B, dim, H, W)  Eq. 6, line 2
         f_m = self.aggr(torch.cat(levels, 1))                    # (B, dim, H, W)  Eq. 6, line 3
         return self.coordconv(f_m)                               # (B, dim, H, W)  Eq. 7
@@ -410,9 +410,9 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, ffn: int, dropout: float):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.self_attn = Attention(dim, heads, dropout)
         self.self_attn_norm = nn.LayerNorm(dim)
-        self.cross_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.cross_attn = Attention(dim, heads, dropout)
         self.cross_attn_norm = nn.LayerNorm(dim)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.ReLU(), nn.Dropout(dropout), nn.LayerNorm(ffn),
                                  nn.Linear(ffn, dim))
@@ -421,10 +421,11 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, f_t: Tensor, pad: Tensor | None, x_pos: Tensor, t_pos: Tensor) -> Tensor:
         """x: (B, N, dim); f_t: (B, L, dim); pad: (B, L), True = padding -> (B, N, dim)"""
         y = self.norm1(x)
-        y = self.self_attn(y + x_pos, y + x_pos, y, need_weights=False)[0]
+        q = y + x_pos
+        y = self.self_attn(q, q, y)[0]
         x = x + self.dropout(self.self_attn_norm(y))             # Eq. 8, line 1
         y = self.norm2(x)
-        y = self.cross_attn(y + x_pos, f_t + t_pos, f_t, key_padding_mask=pad, need_weights=False)[0]
+        y = self.cross_attn(y + x_pos, f_t + t_pos, f_t, pad)[0]
         x = x + self.dropout(self.cross_attn_norm(y))            # Eq. 8, line 2
         return x + self.dropout(self.ffn(self.norm3(x)))         # Eq. 8, line 3
 
@@ -506,9 +507,13 @@ class ETRIS(nn.Module):
         if c.train_positions and kind == "vit":  # one table of the input's size, as in the public code
             table = self.clip.visual.positional_embedding.detach()
             self.clip.visual.positional_embedding = nn.Parameter(resized(table, (sides[0], sides[0])))
+        if c.tune != "full":
+            freeze(self.clip)
         for name, p in self.clip.named_parameters():
-            trained = c.tune == "full" or c.train_positions and name.endswith("positional_embedding")
-            p.requires_grad_(trained and not name.endswith(("logit_scale", "mask_token")))  # two that nothing reads
+            if name.endswith(("logit_scale", "mask_token")):     # two that nothing reads
+                p.requires_grad_(False)
+            elif c.train_positions and name.endswith("positional_embedding"):
+                p.requires_grad_(True)
         bridger = Bridger if c.variant == "etris" else ReleasedBridger if kind == "resnet" else ReleasedViTBridger
         self.bridgers = nn.ModuleDict({
             str(i): bridger(c, i, width, text_width, side, sides[1])
@@ -520,12 +525,6 @@ class ETRIS(nn.Module):
         """What the parameter tables count."""
         return dict(backbone=[self.clip], adapter=[self.bridgers, *self.baseline],
                     head=[m for m in (self.neck, self.decoder, self.proj) if m is not None])
-
-    def train(self, mode: bool = True) -> ETRIS:
-        super().train(mode)
-        if self.c.tune != "full":  # BatchNorm of the frozen towers keeps its statistics
-            self.clip.eval()
-        return self
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """CLIP's BPE, lower case: start, words, end, zeros; cut to `words` tokens, the end kept. -> (B, words)"""

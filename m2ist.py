@@ -73,7 +73,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import Preprocess, TrainConfig, check_config, dice_loss, in_full_precision
+from common import (Attention, FrozenBatchNorm, Preprocess, TrainConfig, check_config, dice_loss, freeze,
+                    in_full_precision)
 from toolbox import baselines
 from toolbox.tokenizers import CLS, SEP, bert_vocabulary, bert_wordpieces, no_vocabulary
 from toolbox.weights import check_released, load_detr_and_bert
@@ -252,7 +253,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, dim: int, heads: int, ffn: int, dropout: float):
         super().__init__()
-        self.self_attn = nn.MultiheadAttention(dim, heads, dropout=dropout, batch_first=True)
+        self.self_attn = Attention(dim, heads, dropout)
         self.linear1, self.linear2 = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.dropout = nn.Dropout(dropout)
@@ -264,7 +265,7 @@ class EncoderLayer(nn.Module):
         """-> (attention, norm, feed-forward network, norm); pos (.., N, C), pad (B, N), True = padding"""
         def attend(x: Tensor) -> Tensor:
             q = x + pos
-            return self.dropout(self.self_attn(q, q, x, key_padding_mask=pad, need_weights=False)[0])
+            return self.dropout(self.self_attn(q, q, x, pad)[0])
 
         def ffn(x: Tensor) -> Tensor:
             return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
@@ -298,9 +299,8 @@ class DETR(nn.Module):
                  dropout: float):
         super().__init__()
         from torchvision.models import resnet  # slow, and --help does without
-        from torchvision.ops import FrozenBatchNorm2d
 
-        body = resnet.ResNet(getattr(resnet, block), blocks, norm_layer=FrozenBatchNorm2d)
+        body = resnet.ResNet(getattr(resnet, block), blocks, norm_layer=FrozenBatchNorm)
         body = OrderedDict(body.named_children())
         names = list(body)
         self.body = nn.Sequential(OrderedDict((n, body[n]) for n in names[:names.index(stage) + 1]))
@@ -376,8 +376,9 @@ class M2IST(nn.Module):
         pairs = len(c.vision_layers) if c.tune.startswith("method") else 0
         self.m3isa = nn.ModuleList(M3ISA(c, widths) for _ in range(pairs))
         self.preprocess = Preprocess(c.image_size, interpolation="bilinear", pad_channel=True, augment=c.augment)
-        for encoder in self.detr, self.bert:
-            encoder.requires_grad_(c.tune == "full")
+        if c.tune != "full":
+            freeze(self.detr)
+            freeze(self.bert)
         for name in BACKBONES[c.backbone]["frozen"]:
             getattr(self.detr.body, name).requires_grad_(False)
         self.baseline = baselines.add(c, dict(self.detr.named_modules()), dict(self.bert.named_modules()),
@@ -389,13 +390,6 @@ class M2IST(nn.Module):
     def parts(self) -> dict[str, list[nn.Module]]:
         return dict(backbone=[self.detr, self.bert], adapter=[self.m3isa, *self.baseline],
                     head=[self.visu_proj, self.text_proj, self.reg, self.vl_position, self.vl_encoder, self.head])
-
-    def train(self, mode: bool = True) -> M2IST:
-        super().train(mode)
-        if self.c.tune != "full":  # no dropout in frozen encoders
-            self.detr.eval()
-            self.bert.eval()
-        return self
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """Lower-case wordpieces of BERT: [CLS], words, [SEP], zeros. Words that do not fit are cut. -> (B, words)"""

@@ -70,7 +70,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import Preprocess, TrainConfig, check_config, in_full_precision
+from common import Attention, Preprocess, TrainConfig, check_config, freeze, in_full_precision
 from toolbox import baselines
 from toolbox.tokenizers import PAD, SentencePieces
 from toolbox.weights import check_released, load_beit3
@@ -273,12 +273,12 @@ class SharedAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.attention = Attention(dim, heads)
 
     def forward(self, x: Tensor, n_v: int, pad: Tensor) -> Tensor:
-        y = self.norm(x)                                                          # LN
-        y = self.attention(y, y, y, key_padding_mask=pad, need_weights=False)[0]  # MSA
-        return y + x                                                # residual; Eq. 6 for x = h_j W_j, Eq. 8 for x = z
+        y = self.norm(x)                                         # LN
+        y = self.attention(y, y, y, pad)[0]                      # MSA
+        return y + x                                             # residual; Eq. 6 for x = h_j W_j, Eq. 8 for x = z
 
 
 class CrossAttention(SharedAttention):
@@ -287,7 +287,7 @@ class CrossAttention(SharedAttention):
     def forward(self, x: Tensor, n_v: int, pad: Tensor) -> Tensor:
         y = self.norm(x)
         v, t = y[:, :n_v], y[:, n_v:]
-        v = self.attention(v, t, t, key_padding_mask=pad[:, n_v:], need_weights=False)[0]  # (B, n_v, d_w)
+        v = self.attention(v, t, t, pad[:, n_v:])[0]             # (B, n_v, d_w)
         return torch.cat([v + x[:, :n_v], x[:, n_v:]], 1)
 
 
@@ -408,8 +408,8 @@ class SharedRIS(nn.Module):
         self.fpn = SharedFPN(c, BACKBONES[c.backbone]["dim"])
         self.decoder = SharedMaskDecoder(c)
         self.preprocess = Preprocess(c.image_size, "stretch", "bilinear", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-        self.trains = c.tune in ("method", "full")
-        self.beit3.requires_grad_(self.trains)
+        if c.tune not in ("method", "full"):
+            freeze(self.beit3)
         self.baseline = baselines.add(c, modality(self.beit3, "A"), modality(self.beit3, "B"), self.beit3.text_embed)
         # not used, so they get no gradient
         self.beit3.mask_token.requires_grad_(False)
@@ -417,12 +417,6 @@ class SharedRIS(nn.Module):
 
     def parts(self) -> dict[str, list[nn.Module]]:
         return dict(backbone=[self.beit3], adapter=self.baseline, head=[self.fpn, self.decoder])
-
-    def train(self, mode: bool = True) -> SharedRIS:
-        super().train(mode)
-        if not self.trains:  # a frozen encoder has no stochastic depth either
-            self.beit3.eval()
-        return self
 
     def tokenize(self, sentences: Iterable[str]) -> Tensor:
         """Start, pieces, end, then PAD up to the longest; cut to `words` tokens with the end kept. -> (B, n_t)"""

@@ -109,7 +109,7 @@ def m2ist_maps(model: nn.Module, images: Tensor, tokens: Tensor) -> dict:
     for i, layer in enumerate(model.vl_encoder, 1):
         def look(layer, args, out, i=i) -> None:
             x, pos, pad = args
-            weights = layer.self_attn(x + pos, x + pos, x, key_padding_mask=pad)[1]  # (B, 1 + L + N, 1 + L + N)
+            weights = layer.self_attn(x + pos, x + pos, x, pad, need_weights=True)[1]  # (B, 1 + L + N, 1 + L + N)
             maps[f"V-L layer {i}"] = on_grid(weights[:, 0, 1 + tokens.shape[1]:])
 
         hooks[layer] = look
@@ -136,7 +136,7 @@ def shared_ris_maps(model: nn.Module, images: Tensor, tokens: Tensor) -> dict:
         def look(fusion, args, out, name=name) -> None:
             x, n, pad = args
             y = fusion.norm(x)
-            weights = fusion.attention(y[:, n:n + 1], y, y, key_padding_mask=pad)[1]  # (B, 1, 1 + N + L)
+            weights = fusion.attention(y[:, n:n + 1], y, y, pad, need_weights=True)[1]  # (B, 1, 1 + N + L)
             maps[name].append(on_grid(weights[:, 0, 1:n]))
 
         hooks[fusion] = look
