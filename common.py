@@ -33,6 +33,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 METHODS = ("dcris", "etris", "m2ist", "shared_ris")
 
@@ -101,9 +103,55 @@ def sine_2d(h: int, w: int, dim: int, like: Tensor) -> Tensor:
     return torch.cat([x[None].expand(h, -1, -1), y[:, None].expand(-1, w, -1)], 2).flatten(0, 1)
 
 
-class Attention(nn.MultiheadAttention):
+def recompute(layers: list[Callable], *inputs, **named):
+    """Calls layers in turn, the first with the inputs, each other with the result of the one before. What they need in
+    backward is computed again then, not kept. Buffers, such as BatchNorm's statistics, move once."""
+    def run(*inputs, **named):
+        x = layers[0](*inputs, **named)
+        for layer in layers[1:]:
+            x = layer(x)
+        return x
+
+    @contextmanager
+    def again():
+        before = [b.clone() for b in buffers]
+        try:
+            yield
+        finally:
+            for b, old in zip(buffers, before):
+                b.copy_(old)
+
+    if not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        return run(*inputs, **named)
+    owners = [getattr(layer, "__self__", layer) for layer in layers]  # of a bound method
+    buffers = [b for owner in owners if isinstance(owner, nn.Module) for b in owner.buffers()]
+    return checkpoint(run, *inputs, **named, use_reentrant=False, context_fn=lambda: (nullcontext(), again()))
+
+
+def recomputed(*blocks: nn.Module) -> None:
+    """--checkpointing: what these blocks need in backward is computed again then, not kept."""
+    for block in blocks:
+        block.forward = partial(recompute, [block.forward])
+
+
+class Recomputed(nn.Sequential):
+    """A Sequential that keeps for backward what its convolutions give. What is between them, such as a map that is
+    enlarged, is computed again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = []
+        for m in self.modules():
+            if not isinstance(m, nn.Sequential):
+                part.append(m)
+            if isinstance(m, nn.Conv2d):  # which backward does not compute again: it is the end of a part
+                x, part = recompute(part, x), []
+        return x
+
+
+class MultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention of tokens (B, N, C), without weights unless they are asked for. PyTorch's transposes the
-    tokens; with weights that are frozen it then takes a product for each token, not one for all."""
+    tokens; with weights that are frozen it then takes a product for each token, not one for all. With dropout there is
+    no fused kernel on a CPU, and it keeps three maps (B, heads, N, M); here they are computed again in backward."""
 
     def __init__(self, dim: int, heads: int, dropout: float = 0.0):
         super().__init__(dim, heads, dropout, batch_first=True)
@@ -113,11 +161,35 @@ class Attention(nn.MultiheadAttention):
         """key_padding_mask: (B, M), True = padding; attn_mask: added to the scores"""
         if need_weights:
             return super().forward(q, k, v, key_padding_mask, attn_mask=attn_mask)
+        mask = attn_mask if key_padding_mask is None else ~key_padding_mask[:, None, None]
+        if q.is_cuda or not (self.training and self.dropout):
+            y = self.attend(q, k, v, mask, F.scaled_dot_product_attention)
+        else:
+            y = recompute([self.attend], q, k, v, mask, plain_attention)
+        return self.out_proj(y), None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, attention: Callable) -> Tensor:
+        """All but the last layer. (B, N, C), twice (B, M, C) -> (B, N, C)"""
         parts = zip((q, k, v), self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3))
         q, k, v = (F.linear(*part).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for part in parts)
-        mask = attn_mask if key_padding_mask is None else ~key_padding_mask[:, None, None]
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
-        return self.out_proj(y.transpose(1, 2).flatten(2)), None
+        return attention(q, k, v, mask, self.dropout if self.training else 0.0).transpose(1, 2).flatten(2)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, p: float) -> Tensor:
+    """F.scaled_dot_product_attention, not fused; mask: True where a key takes part"""
+    a = q * q.shape[3] ** -0.5 @ k.transpose(2, 3)               # (B, heads, N, M)
+    if mask is not None:
+        a = a.masked_fill(~mask, -torch.inf)
+    return Dropout(p)(a.softmax(3)) @ v
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout that keeps a byte for each value, as PyTorch's does on a GPU; on a CPU it keeps a float."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or not (self.training and self.p):
+            return super().forward(x)
+        return x.masked_fill(torch.rand(x.shape, device=x.device) < self.p, 0) / (1 - self.p)
 
 
 class FrozenBatchNorm(nn.Module):
@@ -133,15 +205,23 @@ class FrozenBatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + self.eps).rsqrt()
         shift = self.bias - self.running_mean * scale
-        return torch.addcmul(shift.to(x.dtype)[:, None, None], x, scale.to(x.dtype)[:, None, None])
+        scale, shift = (t.to(x.dtype)[:, None, None] for t in (scale, shift))
+        return torch.addcmul(shift, x, scale, out=None if torch.is_grad_enabled() else x)  # x: what a convolution gave
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), which keeps one tensor for backward, not two."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(1.702 * x).div_(1.702)
 
 
 def freeze(tower: nn.Module) -> None:
     """Nothing of a tower is trained: no gradients, and it stays in eval mode. Its tensors and their names stay."""
     tower.requires_grad_(False).eval().train = lambda mode=True: tower
-    computed_as = {nn.MultiheadAttention: Attention, nn.BatchNorm2d: FrozenBatchNorm}
+    computed_as = dict(MultiheadAttention=MultiheadAttention, BatchNorm2d=FrozenBatchNorm, QuickGELU=QuickGELU)
     for m in tower.modules():
-        m.__class__ = computed_as.get(type(m), type(m))
+        m.__class__ = computed_as.get(type(m).__name__, type(m))
 
 
 def dice_loss(logits: Tensor, target: Tensor) -> Tensor:
@@ -176,6 +256,7 @@ class TrainConfig:
     milestones: tuple[int, ...] = ()        # epochs at which the step schedule drops
     warmup: int = 0                         # steps over which the rate rises linearly
     clip_norm: float = 0.0                  # largest norm of the gradient; 0: not clipped
+    checkpointing: bool = False             # compute the layers again in backward, which saves memory and takes time
     val_every: int = 0                      # steps between validations; 0: an epoch
 
 

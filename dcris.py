@@ -77,8 +77,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Attention, Preprocess, TrainConfig, check_config, dice_loss, freeze, in_full_precision, sine_1d,
-                    sine_2d)
+from common import (Dropout, MultiheadAttention, Preprocess, Recomputed, TrainConfig, check_config, dice_loss, freeze,
+                    in_full_precision, recomputed, sine_1d, sine_2d)
 from toolbox import baselines
 from toolbox.tokenizers import clip_tokens
 from toolbox.weights import check_released, load_dinov2_and_clip
@@ -255,7 +255,7 @@ class DenseCrossAdapter(nn.Module):
         self.dense = DenselyConnected(d, dims=2)
         self.image_proj = nn.Linear(d, e)
         self.text_proj = nn.Linear(text_width, e)
-        self.attention = Attention(e, c.cross_heads, c.cross_dropout)
+        self.attention = MultiheadAttention(e, c.cross_heads, c.cross_dropout)
         self.back_proj = nn.Linear(e, d)
         self.up = nn.Linear(d, width)
         for m in self.modules():  # as in DETRIS: DINOv2's initialization for linear layers, He's for convolutions
@@ -355,7 +355,7 @@ class Neck(nn.Module):
         dim = c.head_dim
         self.txt_proj = nn.Linear(text_width, dim)
         self.f_proj = nn.ModuleList(conv_layer(width, dim, 1) for _ in range(3))
-        self.fusion = nn.ModuleList(Attention(dim, c.head_heads) for _ in range(3))
+        self.fusion = nn.ModuleList(MultiheadAttention(dim, c.head_heads) for _ in range(3))
         self.aggr = conv_layer(3 * dim, dim, 1)
         self.coordconv = nn.Sequential(CoordConv(dim, dim), conv_layer(dim, dim, 3))
 
@@ -379,13 +379,13 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, ffn: int, dropout: float):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attn = Attention(dim, heads, dropout)
+        self.self_attn = MultiheadAttention(dim, heads, dropout)
         self.self_attn_norm = nn.LayerNorm(dim)
-        self.cross_attn = Attention(dim, heads, dropout)
+        self.cross_attn = MultiheadAttention(dim, heads, dropout)
         self.cross_attn_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.ReLU(), nn.Dropout(dropout), nn.LayerNorm(ffn),
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn), Dropout(dropout), nn.ReLU(), nn.LayerNorm(ffn),
                                  nn.Linear(ffn, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, f_t: Tensor, pad: Tensor | None, x_pos: Tensor, t_pos: Tensor) -> Tensor:
         """x: (B, N, dim); f_t: (B, L, dim); pad: (B, L), True = padding -> (B, N, dim)"""
@@ -426,9 +426,9 @@ class Projector(nn.Module):
 
     def __init__(self, dim: int, text_width: int):
         super().__init__()
-        up = nn.Upsample(scale_factor=2, mode="bilinear")
-        self.vis = nn.Sequential(up, conv_layer(dim, dim, 3), up, conv_layer(dim, dim // 2, 3),
-                                 nn.Conv2d(dim // 2, dim // 2, 1))
+        up1, up2 = (nn.Upsample(scale_factor=2, mode="bilinear") for _ in range(2))
+        self.vis = Recomputed(up1, conv_layer(dim, dim, 3), up2, conv_layer(dim, dim // 2, 3),
+                              nn.Conv2d(dim // 2, dim // 2, 1))
         self.txt = nn.Linear(text_width, dim // 2 * 9 + 1)       # a 3x3 kernel and a bias
 
     def forward(self, F_mm: Tensor, f_s: Tensor) -> Tensor:
@@ -472,6 +472,10 @@ class DCRIS(nn.Module):
         DA, TA = (DenseAligner, DETRISTextAdapter) if self.detris else (DenseCrossAdapter, TextAdapter)
         self.visual_adapters = nn.ModuleDict({str(i): DA(c, width, text_width) for i in c.visual_layers})
         self.text_adapters = nn.ModuleDict({str(i): TA(c, text_width) for i in c.text_layers})
+        if c.checkpointing:
+            recomputed(*(m for block in self.vision.encoder.layer for m in (block.attention, block.mlp)),
+                       *(m for block in self.text.transformer.resblocks for m in (block.attn, block.mlp)),
+                       *self.visual_adapters.values(), *self.text_adapters.values(), *self.decoder.layers)
         self.baseline = baselines.add(c, dict(self.vision.named_modules()), dict(self.text.named_modules()),
                                       self.text.token_embedding)
 

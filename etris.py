@@ -81,8 +81,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Attention, Preprocess, TrainConfig, check_config, dice_loss, freeze, in_full_precision, sine_1d,
-                    sine_2d)
+from common import (Dropout, MultiheadAttention, Preprocess, Recomputed, TrainConfig, check_config, dice_loss, freeze,
+                    in_full_precision, recomputed, sine_1d, sine_2d)
 from toolbox import baselines
 from toolbox.clip_towers import TOWERS, build_clip, resized
 from toolbox.tokenizers import clip_tokens
@@ -255,11 +255,11 @@ class Interactor(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
         d, heads, p = c.bridger_dim, c.bridger_heads, c.bridger_dropout
-        self.self_attn = Attention(d, heads, p)
-        self.cross_attn = Attention(d, heads, p)
-        self.ffn = nn.Sequential(nn.Linear(d, c.bridger_ffn), nn.ReLU(), nn.Dropout(p), nn.Linear(c.bridger_ffn, d))
+        self.self_attn = MultiheadAttention(d, heads, p)
+        self.cross_attn = MultiheadAttention(d, heads, p)
+        self.ffn = nn.Sequential(nn.Linear(d, c.bridger_ffn), Dropout(p), nn.ReLU(), nn.Linear(c.bridger_ffn, d))
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(d), nn.LayerNorm(d), nn.LayerNorm(d)
-        self.dropout = nn.Dropout(p)
+        self.dropout = Dropout(p)
 
     def mhsa(self, x: Tensor, pad: Tensor | None) -> Tensor:
         """x: (B, N, d); pad: (B, N), True = padding -> (B, N, d)"""
@@ -334,7 +334,7 @@ class ReleasedViTInteractor(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.cross_attn = Attention(c.bridger_dim, c.bridger_heads)
+        self.cross_attn = MultiheadAttention(c.bridger_dim, c.bridger_heads)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         return x * self.cross_attn(x, other, other)[0]
@@ -386,7 +386,7 @@ class Neck(nn.Module):
         dim = c.head_dim
         self.txt_proj = nn.Linear(text_width, dim) if c.text_proj or text_width != dim else nn.Identity()
         self.f_proj = nn.ModuleList(resample_layer(w, dim, s, up) for w, s, up in zip(widths, strides, UP))
-        self.fusion = nn.ModuleList(Attention(dim, c.head_heads) for _ in range(3))
+        self.fusion = nn.ModuleList(MultiheadAttention(dim, c.head_heads) for _ in range(3))
         self.aggr = conv_layer(3 * dim, dim, 1)
         self.coordconv = nn.Sequential(CoordConv(dim, dim), conv_layer(dim, dim, 3))
 
@@ -410,13 +410,13 @@ class DecoderLayer(nn.Module):
     def __init__(self, dim: int, heads: int, ffn: int, dropout: float):
         super().__init__()
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.self_attn = Attention(dim, heads, dropout)
+        self.self_attn = MultiheadAttention(dim, heads, dropout)
         self.self_attn_norm = nn.LayerNorm(dim)
-        self.cross_attn = Attention(dim, heads, dropout)
+        self.cross_attn = MultiheadAttention(dim, heads, dropout)
         self.cross_attn_norm = nn.LayerNorm(dim)
-        self.ffn = nn.Sequential(nn.Linear(dim, ffn), nn.ReLU(), nn.Dropout(dropout), nn.LayerNorm(ffn),
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn), Dropout(dropout), nn.ReLU(), nn.LayerNorm(ffn),
                                  nn.Linear(ffn, dim))
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
 
     def forward(self, x: Tensor, f_t: Tensor, pad: Tensor | None, x_pos: Tensor, t_pos: Tensor) -> Tensor:
         """x: (B, N, dim); f_t: (B, L, dim); pad: (B, L), True = padding -> (B, N, dim)"""
@@ -457,9 +457,9 @@ class Projector(nn.Module):
 
     def __init__(self, dim: int, text_width: int):
         super().__init__()
-        up = nn.Upsample(scale_factor=2, mode="bilinear")
-        self.vis = nn.Sequential(up, conv_layer(dim, dim, 3), up, conv_layer(dim, dim // 2, 3),
-                                 nn.Conv2d(dim // 2, dim // 2, 1))
+        up1, up2 = (nn.Upsample(scale_factor=2, mode="bilinear") for _ in range(2))
+        self.vis = Recomputed(up1, conv_layer(dim, dim, 3), up2, conv_layer(dim, dim // 2, 3),
+                              nn.Conv2d(dim // 2, dim // 2, 1))
         self.txt = nn.Linear(text_width, dim // 2 * 9 + 1)       # a 3x3 kernel and a bias
 
     def forward(self, f_c: Tensor, f_s: Tensor) -> Tensor:
@@ -518,6 +518,9 @@ class ETRIS(nn.Module):
         self.bridgers = nn.ModuleDict({
             str(i): bridger(c, i, width, text_width, side, sides[1])
             for i, width, side in zip(STAGES, tower.widths, sides) if i in c.bridger_stages})
+        if c.checkpointing:
+            blocks = [block for stage in tower.stages for block in stage]
+            recomputed(*blocks, *self.clip.transformer.resblocks, *(self.decoder.layers if self.decoder else ()))
         text = {n: m for n, m in self.clip.named_modules() if not n.startswith("visual")}
         self.baseline = baselines.add(c, dict(self.clip.visual.named_modules()), text, self.clip.token_embedding)
 

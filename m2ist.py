@@ -67,14 +67,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import (Attention, FrozenBatchNorm, Preprocess, TrainConfig, check_config, dice_loss, freeze,
-                    in_full_precision)
+from common import (Dropout, FrozenBatchNorm, MultiheadAttention, Preprocess, TrainConfig, check_config, dice_loss,
+                    freeze, in_full_precision, recompute, recomputed)
 from toolbox import baselines
 from toolbox.tokenizers import CLS, SEP, bert_vocabulary, bert_wordpieces, no_vocabulary
 from toolbox.weights import check_released, load_detr_and_bert
@@ -253,10 +254,10 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, dim: int, heads: int, ffn: int, dropout: float):
         super().__init__()
-        self.self_attn = Attention(dim, heads, dropout)
+        self.self_attn = MultiheadAttention(dim, heads, dropout)
         self.linear1, self.linear2 = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         for p in self.parameters():
             if p.dim() > 1:
                 nn.init.xavier_uniform_(p)
@@ -268,7 +269,7 @@ class EncoderLayer(nn.Module):
             return self.dropout(self.self_attn(q, q, x, pad)[0])
 
         def ffn(x: Tensor) -> Tensor:
-            return self.dropout(self.linear2(self.dropout(F.relu(self.linear1(x)))))
+            return self.dropout(self.linear2(F.relu(self.dropout(self.linear1(x)))))
 
         return attend, self.norm1, ffn, self.norm2
 
@@ -381,6 +382,9 @@ class M2IST(nn.Module):
             freeze(self.bert)
         for name in BACKBONES[c.backbone]["frozen"]:
             getattr(self.detr.body, name).requires_grad_(False)
+        if c.checkpointing:
+            blocks = [block for stage in self.detr.body if isinstance(stage, nn.Sequential) for block in stage]
+            recomputed(*blocks, *self.vl_encoder)
         self.baseline = baselines.add(c, dict(self.detr.named_modules()), dict(self.bert.named_modules()),
                                       self.bert.embeddings.word_embeddings)
         inserted = pairs > 0 and c.insertion != "side"
@@ -423,6 +427,8 @@ class M2IST(nn.Module):
         pairs = dict(zip(with_adapters, self.m3isa))
         for i, (attend, norm1, feed_forward, norm2) in enumerate(layers):
             mha_adapter, ffn_adapter = pairs[i].of(branch) if i in pairs else (None, None)
+            if self.c.checkpointing:
+                attend, feed_forward = (partial(recompute, [f]) for f in (attend, feed_forward))
             a = attend(x)                                        # (B, N, C)
             x = norm1(self.add_sublayer(x, a, mha_adapter, branch))
             m = feed_forward(x)                                  # (B, N, C)

@@ -68,9 +68,9 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from common import Attention, Preprocess, TrainConfig, check_config, freeze, in_full_precision
+from common import (MultiheadAttention, Preprocess, Recomputed, TrainConfig, check_config, freeze, in_full_precision,
+                    recompute, recomputed)
 from toolbox import baselines
 from toolbox.tokenizers import PAD, SentencePieces
 from toolbox.weights import check_released, load_beit3
@@ -109,7 +109,6 @@ class Config(TrainConfig):
     dice: float = 0.5                       # lambda_dice of Eq. 12
     dice_squared: bool = True               # the denominator of Dice sums squares, as in V-Net
     drop_path: float = 0.1                  # stochastic depth of the last encoder layer; it grows linearly from 0
-    checkpointing: bool = False             # recompute the encoder's layers in backward, to save memory
     # training
     epochs: int = 35                        # Sec. IV-A
     batch_size: int = 112                   # Sec. IV-A: 14 on each of 8 GPUs
@@ -195,7 +194,7 @@ class FFN(nn.Module):
         self.fc1, self.ffn_layernorm, self.fc2 = nn.Linear(dim, ffn), nn.LayerNorm(ffn), nn.Linear(ffn, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.ffn_layernorm(F.gelu(self.fc1(x))))
+        return recompute([F.gelu, self.ffn_layernorm, self.fc2], self.fc1(x))
 
 
 class Layer(nn.Module):
@@ -225,9 +224,9 @@ class BEiT3(nn.Module):
     """BEiT-3's encoder. `layer_norm(*beit3(images, tokens)[-1])` is the output of the original."""
 
     def __init__(self, layers: int, dim: int, heads: int, ffn: int, patch: int, rows: int, words: int, std: float,
-                 image_size: int, drop_path: float = 0.0, checkpointing: bool = False):
+                 image_size: int, drop_path: float = 0.0):
         super().__init__()
-        self.grid, self.checkpointing = image_size // patch, checkpointing
+        self.grid = image_size // patch
         self.text_embed = nn.Embedding(rows, dim)
         self.proj = nn.Conv2d(3, dim, patch, patch)
         self.cls_token, self.mask_token = (nn.Parameter(torch.zeros(1, 1, dim)) for _ in range(2))
@@ -255,10 +254,7 @@ class BEiT3(nn.Module):
         keys = torch.cat([tokens.new_ones(v.shape[:2]), tokens != PAD], 1).bool()[:, None, None]  # (B, 1, 1, n_v + n_t)
         h = []
         for layer in self.layers:
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                v, t = checkpoint(layer, v, t, keys, use_reentrant=False)
-            else:
-                v, t = layer(v, t, keys)
+            v, t = layer(v, t, keys)
             h.append((v, t))
         return h
 
@@ -273,7 +269,7 @@ class SharedAttention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads)
+        self.attention = MultiheadAttention(dim, heads)
 
     def forward(self, x: Tensor, n_v: int, pad: Tensor) -> Tensor:
         y = self.norm(x)                                         # LN
@@ -372,7 +368,7 @@ class SharedMaskDecoder(nn.Module):
         blocks = [nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"),
                                 nn.Conv2d(d_w, d_w, 3, padding=1, bias=False), nn.BatchNorm2d(d_w), nn.ReLU())
                   for _ in range(c.upsamplings)]
-        self.conv = nn.Sequential(*blocks, nn.Conv2d(d_w, d_w, 1))
+        self.conv = Recomputed(*blocks, nn.Conv2d(d_w, d_w, 1))
         self.mlp = nn.Sequential(nn.Linear(d_w, d_w), nn.ReLU(), nn.Linear(d_w, d_w)) if c.shared_layers \
             else nn.Identity()
 
@@ -383,10 +379,7 @@ class SharedMaskDecoder(nn.Module):
             u = layer(u, n_v, pad)                               # (B, n_v + n_t, d_w)
         side = int((n_v - 1) ** 0.5)                             # S / p
         f = u[:, 1:n_v].transpose(1, 2).unflatten(2, (side, side))  # F_0, (B, d_w, S / p, S / p)
-        *blocks, conv_1x1 = self.conv
-        for block in blocks:
-            f = block(f)                                         # Eq. 10: F_i = Conv_i(Upsample_i(F_i-1))
-        f = conv_1x1(f)                                          # F_l, (B, d_w, H, W)
+        f = self.conv(f)                                         # F_l, (B, d_w, H, W)  Eq. 10
         t_cls = self.mlp(u[:, n_v])                              # t'_u^cls = MLP(t_u^cls), (B, d_w)
         with in_full_precision(f):                               # Eq. 11, F_l(i, j) . t'_u^cls
             return (t_cls[:, None].float() @ f.float().flatten(2)).unflatten(2, f.shape[2:])
@@ -411,6 +404,8 @@ class SharedRIS(nn.Module):
         if c.tune not in ("method", "full"):
             freeze(self.beit3)
         self.baseline = baselines.add(c, modality(self.beit3, "A"), modality(self.beit3, "B"), self.beit3.text_embed)
+        if c.checkpointing:
+            recomputed(*self.beit3.layers, *self.fpn.fusion, *self.decoder.layers)
         # not used, so they get no gradient
         self.beit3.mask_token.requires_grad_(False)
         self.beit3.layer_norm.requires_grad_(False)
@@ -448,7 +443,7 @@ def build_encoder(c: Config, weights: str) -> BEiT3:
     """BEiT-3 and its tokenizer, for images of c.image_size; random or released."""
     check_released(c.backbone, weights)
     size = BACKBONES[c.backbone]
-    beit3 = BEiT3(**size, image_size=c.image_size, drop_path=c.drop_path, checkpointing=c.checkpointing)
+    beit3 = BEiT3(**size, image_size=c.image_size, drop_path=c.drop_path)
     spm = "" if weights == "random" else load_beit3(beit3, weights, c.backbone)
     # after loading: the tokenizer is in the state dict of our checkpoints, but not of the released files
     beit3.pieces = SentencePieces(spm, size["rows"])
