@@ -246,7 +246,7 @@ def zoom_layer(kind: str, c_in: int, c_out: int, kernel: int, up: bool, side_in:
         return nn.Sequential(pad, nn.Conv2d(c_in, c_out, kernel, bias=False))
     if kind == "interpolate" and up and kernel > 1:
         return nn.Sequential(nn.Conv2d(c_in, c_out, 1, bias=False), nn.Upsample(scale_factor=kernel, mode="bilinear"))
-    return resample(c_in, c_out, kernel, up)
+    return resample(c_in, c_out, kernel, up)                     # Eq. 4
 
 
 class Interactor(nn.Module):
