@@ -271,7 +271,7 @@ def plot(rows: list[dict], file: Path) -> None:
     from matplotlib import pyplot
 
     first = rows[0]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 1.6 + 0.42 * len(rows)), width_ratios=(3, 2),
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 2.4 + 0.36 * len(rows)), width_ratios=(3, 2),
                                             layout="constrained")
     for n, row in enumerate(rows):
         mean, (low, high), mib = row["mean"], row["interval"], row["saved_bytes_per_image"] / 2**20
@@ -283,9 +283,9 @@ def plot(rows: list[dict], file: Path) -> None:
         right.errorbar(mib, mean, yerr=ends, fmt="D", color=color, capsize=3, alpha=0.8)
         right.annotate(str(n + 1), (mib, mean), xytext=(6, 4), textcoords="offset points", color=color)
     left.set_yticks(range(len(rows)), [f"{row['row']}  {n}" for n, row in enumerate(rows, 1)])
-    left.invert_yaxis()
+    left.set_ylim(len(rows) - 0.5, -0.5)
     left.set_xlabel(f"val {first['metric']}: mean, 95 % interval, each seed")
-    left.annotate("paired difference", (1.02, -0.9), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+    left.annotate("paired difference", (1.02, 1.02), xycoords="axes fraction", fontsize=9)
     right.set_xlabel("MiB kept for backward, per picture")
     right.set_ylabel(f"val {first['metric']}")
     right.margins(x=0.18)
