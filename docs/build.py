@@ -51,7 +51,7 @@ class Mark(typing.NamedTuple):
 
 
 MARK = re.compile(r"Eq\. (\d+)(?: \((\w+)\))?(?:, lines? (\d+(?: and \d+)?)|, ([A-Za-z]\w*)$)?"
-                  r"(?:(?:,| and) (\d+)(?: \((\w+)\))?(?! for))?")
+                  r"(?:(?:,| and) (\d+)\b(?: \((\w+)\))?(?! for))?")
 
 
 class Source:
@@ -200,7 +200,7 @@ def deviation_rows(src: Source, rows: list[list[str]]) -> str:
 
 def numbers_of(where: str) -> set[int]:
     """The equations that the first cell of a deviation names."""
-    m = re.search(r"Eq\. (\d+)((?:(?:,| and) \d+)*)", where)
+    m = re.search(r"Eq\. \d+(?:(?:,| and) \d+\b)*", where)
     return {int(n) for n in re.findall(r"\d+", m[0])} if m else set()
 
 
@@ -317,7 +317,7 @@ def sizes(t: dict) -> str:
                 f"{count(child, trainable=True):,}"] for name, child in m.named_children() if count(child)]
     return (table(["backbone", "towers", "adapters", "head", "trained", "adapters / towers"], rows, "figures") +
             f"<p>The modules of <code>{type(m).__name__}</code> with <code>{t['backbones'][0]}</code>:</p>" +
-            table(["module", "class", "parameters", "trained"], modules, "figures"))
+            table(["module", "class", "parameters", "trained"], modules, "figures modules"))
 
 
 def numbers(t: dict) -> list[int]:
@@ -436,12 +436,12 @@ def exercises() -> None:
     t = toml("exercises")
     out = []
     for n, e in enumerate(t["exercise"], 1):
-        commands = "".join(f"<pre><code>{escape(c.strip(), False)}</code></pre>" for c in e["commands"])
+        commands = "".join(f"<pre><code>{escape(' '.join(c.split()), False)}</code></pre>" for c in e["commands"])
         tasks = "".join(f"<li>{text(task)}</li>" for task in e["tasks"])
         out.append(f'<article class="eq exercise" id="exercise-{n}"><h3><span class="badge">{n}</span> '
                    f'{text(e["title"])} <small>{text(e["time"])}</small></h3>{paragraph(e["text"])}'
                    f'<ol>{tasks}</ol>{commands}'
-                   f'<p><strong>Look for.</strong> {text(e["look"])}</p>'
+                   f'<p><strong>Look for</strong> {text(e["look"])}</p>'
                    f'<details><summary>Hint</summary>{paragraph(e["hint"])}</details></article>')
     body = f"<header><h1>Exercises</h1>{''.join(paragraph(s) for s in t['text'])}</header>{''.join(out)}"
     page("exercises.html", "Exercises", body, ("docs/papers/exercises.toml",))

@@ -16,7 +16,7 @@ LEGEND = (("frozen", "frozen, no gradients"), ("pass", "frozen, gradients flow t
 
 class Diagram:
     def __init__(self, width: int, height: int, title: str):
-        self.size, self.title = (width, height), title
+        self.size, self.title, self.name = (width, height), title, title.partition(":")[0].lower()
         self.boxes: dict[str, tuple[float, float, float, float]] = {}
         self.back, self.front = [], []  # arrows lie below boxes
 
@@ -66,14 +66,14 @@ class Diagram:
             points = [(x1, y1), (x1, y2) if vertical else (x2, y1), (x2, y2)]
         path = "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
         kind = "grad" if grad else "plain"
-        self.back.append(f'<path class="line {kind}" marker-end="url(#{kind})" d="{path}"/>')
+        self.back.append(f'<path class="line {kind}" marker-end="url(#{self.name}-{kind})" d="{path}"/>')
         if label:
             x, y = at or ((x1 + x2) / 2 + 5, (y1 + y2) / 2 + 3.5)
             self.front.append(f'<text class="shape start" x="{x:g}" y="{y:g}">{escape(label)}</text>')
 
     def svg(self) -> str:
         w, h = self.size
-        heads = "".join(f'<marker id="{kind}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
+        heads = "".join(f'<marker id="{self.name}-{kind}" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
                         f'orient="auto"><path class="head {kind}" d="M0 0.5L8 4L0 7.5z"/></marker>'
                         for kind in ("grad", "plain"))
         return (f'<svg class="diagram" viewBox="0 0 {w} {h}" role="img" aria-label="{escape(self.title)}">'
