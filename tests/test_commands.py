@@ -356,7 +356,7 @@ def test_etris_from_training_to_a_prediction(tmp_path, backbone):
     # towers of one run for another, with Bridgers; the authors' way trains positions too
     for variant, kept in ("etris", set()), ("released", {"clip.positional_embedding"}):
         out = tmp_path / variant
-        train.main([*flags, "--dataset", "shapes-shift", "--weights", str(tmp_path / "run"), "--variant", variant,
+        train.main([*flags, "--tune", "method", "--dataset", "shapes-shift", "--weights", str(tmp_path / "run"), "--variant", variant,
                     "--bridger-dropout", "0.1", "--adapter-lr", "0", "--out", str(out)])
         info, after = common.read_checkpoint(str(out))
         assert info["config"]["tune"] == "method" and info["frozen"]
@@ -388,8 +388,8 @@ def test_the_towers_of_another_method_or_backbone_are_refused(run, tmp_path):
     with pytest.raises(common.UserError, match="a run of etris with tiny-vit, not of etris with tiny"):
         train.main([*flags, "--weights", str(tmp_path / "vit"), "--out", str(tmp_path / "x")])
     with pytest.raises(common.UserError, match="do not fit these settings: clip.visual.positional_embedding"):
-        train.main([*flags, "--backbone", "tiny-vit", "--variant", "released", "--image-size", "128", "--weights",
-                    str(tmp_path / "vit"), "--out", str(tmp_path / "x")])
+        train.main([*flags, "--tune", "method", "--backbone", "tiny-vit", "--variant", "released", "--image-size",
+                    "128", "--weights", str(tmp_path / "vit"), "--out", str(tmp_path / "x")])
 
 
 BOX = ["--method", "m2ist", *SMALL[2:]]
@@ -405,7 +405,8 @@ def test_m2ist_from_training_to_a_prediction(tmp_path, capsys):
     assert "leak" not in metrics
     # frozen encoders of one run for another
     out = tmp_path / "shift"
-    train.main([*BOX, "--dataset", "shapes-shift", "--weights", str(tmp_path / "run"), "--out", str(out)])
+    train.main([*BOX, "--tune", "method", "--dataset", "shapes-shift", "--weights", str(tmp_path / "run"), "--out",
+                str(out)])
     info, state = common.read_checkpoint(str(out))
     assert info["config"]["tune"] == "method" and not any(k.startswith(("detr.", "bert.")) for k in state)
     evaluate.main(["--ckpt", str(out), "--json", str(tmp_path / "val.json"), "--draw", str(tmp_path / "sheet.png")])
@@ -476,7 +477,7 @@ def test_sharing_pictures_changes_no_figure(tmp_path, capsys, monkeypatch):
 
 def test_training_from_kept_features(tmp_path, capsys):
     train.main([*BOX, "--out", str(tmp_path / "first")])
-    flags = [*BOX, "--dataset", "shapes-shift", "--weights", str(tmp_path / "first")]
+    flags = [*BOX, "--tune", "method", "--dataset", "shapes-shift", "--weights", str(tmp_path / "first")]
     for name, where in ("plain", None), ("memory", "memory"), ("folder", tmp_path / "cache"), ("again", tmp_path / "cache"):
         train.main([*flags, *(["--cache-features", str(where)] if where else []), "--out", str(tmp_path / name)])
     said = capsys.readouterr().err
@@ -512,7 +513,7 @@ def test_shared_ris_from_training_to_a_prediction(tmp_path, capsys):
     for tune in "method", "frozen":
         out = tmp_path / tune
         train.main([*flags, "--dataset", "shapes-shift", "--weights", str(tmp_path / "run"), "--out", str(out),
-                    *(["--tune", tune] if tune == "frozen" else [])])
+                    "--tune", tune])
         info, after = common.read_checkpoint(str(out))
         assert info["config"]["tune"] == tune and bool(info["frozen"]) == (tune == "frozen")
         moved = {k.split(".")[0] for k in after if not torch.equal(after[k], first[k])}
@@ -582,7 +583,7 @@ def test_the_leak_warning_reaches_every_result(tmp_path, monkeypatch, capsys):
                             f"leak: {weights} {dataset}" if weights == "random" else "")
     run, after = str(tmp_path / "run"), str(tmp_path / "after")
     train.main([*BOX, "--out", run])
-    train.main([*BOX, "--dataset", "shapes-shift", "--weights", run, "--out", after])  # its encoders' own weights count
+    train.main([*BOX, "--tune", "method", "--dataset", "shapes-shift", "--weights", run, "--out", after])  # its encoders' own weights count
     for out, name in (run, "shapes"), (after, "shapes-shift"):
         assert json.loads((Path(out) / "metrics.json").read_text())["leak"] == f"leak: random {name}"
     evaluate.main(["--ckpt", after, "--dataset", "shapes", "--json", str(tmp_path / "val.json")])
