@@ -144,7 +144,7 @@ DETRIS_BASE = dict(epochs=65, milestones=(35, 55))  # but for G-Ref (google)
 TINY = dict(
     image_size=64, visual_layers=(1, 3), text_layers=(1, 3), visual_dim=32, text_dim=32, cross_dim=32, cross_heads=2,
     cross_dropout=0.0, map_layers=(1, 2), head_dim=64, head_heads=2, decoder_layers=1, decoder_ffn=128,
-    decoder_dropout=0.0, decoder_position="content", steps=1500, batch_size=16, optimizer="adamw", lr=2e-3,
+    decoder_dropout=0.0, decoder_position="content", steps=1200, batch_size=16, optimizer="adamw", lr=2e-3,
     tower_lr=0.5, weight_decay=0.01, schedule="cosine", milestones=(), warmup=50, clip_norm=1.0, dice=1.0,
     val_every=300)
 

@@ -44,7 +44,7 @@ from toolbox.shapes import (ADJECTIVES, COLOURS, PLACE_WORDS, PLACES, RELATIONS,
                             place_things)
 from toolbox.tokenizers import PAD, SEP
 
-VERSION = 1  # of what is done here: the cache keeps towers of one version apart from those of another
+VERSION = 2  # of what is done here: the cache keeps towers of one version apart from those of another
 PICTURES, LONGEST = 6000, 28  # tokens of a caption
 CLASSES = {" ".join(c): n for n, c in enumerate(itertools.product(SIZES, COLOURS, SHAPES))}
 BERT_MASK = SEP + 1
@@ -154,7 +154,7 @@ def dcris(model, scenes: Scenes) -> Iterator[Stage]:
         cls = vision(shown).last_hidden_state[:, 0]              # (B, D)
         return masked_patches(pixels(x), hidden, mask) + 5 * F.binary_cross_entropy_with_logits(tags(cls), there)
 
-    yield Stage("vision", 600, 1.5e-3, [vision, tags, pixels], see)
+    yield Stage("vision", 500, 1.5e-3, [vision, tags, pixels], see)
     bag = nn.Linear(text.text_projection.shape[1], text.token_embedding.num_embeddings)
 
     def read() -> Tensor:
@@ -165,7 +165,7 @@ def dcris(model, scenes: Scenes) -> Iterator[Stage]:
         of_bag = F.binary_cross_entropy_with_logits(F.linear(f_s, bag.weight[used], bag.bias[used]), there)
         return next_or_masked(f_t[:, :-1], text.token_embedding.weight, tokens[:, 1:], ~pad[:, 1:]) + 5 * of_bag
 
-    yield Stage("text", 450, 2e-3, [text, bag], read)
+    yield Stage("text", 400, 2e-3, [text, bag], read)
 
 
 def etris(model, scenes: Scenes) -> Iterator[Stage]:
@@ -185,7 +185,7 @@ def etris(model, scenes: Scenes) -> Iterator[Stage]:
         x = torch.cat([F.interpolate(m, (side, side)) for m in maps], 1).flatten(2).transpose(1, 2)  # (B, 64, C)
         return contrast + masked_patches(pixels(x), images, mask)
 
-    yield Stage("pictures and captions", 300, 1.5e-3, [clip, pixels], pair)
+    yield Stage("pictures and captions", 220, 1.5e-3, [clip, pixels], pair)
 
 
 def m2ist(model, scenes: Scenes) -> Iterator[Stage]:
@@ -221,7 +221,7 @@ def m2ist(model, scenes: Scenes) -> Iterator[Stage]:
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight) \
             + 5 * (mine - truth).abs().sum(1).mean() + 2 * generalized_box_iou_loss(*corners, reduction="mean")
 
-    yield Stage("detection", 800, 1e-3, [detr, kinds, boxes], detect)
+    yield Stage("detection", 600, 1e-3, [detr, kinds, boxes], detect)
 
     def fill() -> Tensor:
         tokens = model.tokenize(scenes.captions(scenes.things(64)))
@@ -229,7 +229,7 @@ def m2ist(model, scenes: Scenes) -> Iterator[Stage]:
         x = model.encode_text(tokens.masked_fill(mask, BERT_MASK)).output  # (B, L, C)
         return next_or_masked(x, bert.embeddings.word_embeddings.weight, tokens, mask)
 
-    yield Stage("masked words", 600, 1e-3, [bert], fill)
+    yield Stage("masked words", 400, 1e-3, [bert], fill)
 
 
 def shared_ris(model, scenes: Scenes) -> Iterator[Stage]:
