@@ -41,7 +41,7 @@ from toolbox.cli import Parser, integers, one_of  # noqa: E402
 from toolbox.shapes import Shapes  # noqa: E402
 
 # A run of one to two minutes of a free core; of two to three for M2IST, which is on a plateau in its first 1,000 steps.
-STEPS = dict(dcris=600, etris=600, m2ist=2000, shared_ris=1000)
+STEPS = dict(dcris=500, etris=500, m2ist=2000, shared_ris=1200)
 COLUMN = dict(dcris="val", etris="oIoU", m2ist="val", shared_ris="mIoU")  # of the paper's tables
 RESAMPLES = 2000
 
@@ -122,10 +122,6 @@ def changed(model_class: type, change: Callable[[nn.Module], None]) -> type:
 # Runs
 
 
-def towers_file(args: argparse.Namespace, method: str, seed: int) -> Path:
-    return args.out / f"{method}-towers-{seed}.safetensors"
-
-
 def scores_file(args: argparse.Namespace, method: str, row: Row, seed: int) -> Path:
     """In the folder of the run."""
     return args.out / f"{method}-{args.steps or STEPS[method]}steps-{row.name}-{seed}" / f"val-{args.pictures}.json"
@@ -136,8 +132,8 @@ def train_and_measure(args: argparse.Namespace, method: str, row: Row, seed: int
     module, file, steps = load_method(method), scores_file(args, method, row, seed), args.steps or STEPS[method]
     if row.name in CHANGES:
         module.Model = changed(module.Model, CHANGES[row.name])
-    flags = row.flags | dict(method=method, weights=towers_file(args, method, seed), seed=seed, steps=steps,
-                             val_every=steps, out=file.parent, workers=0, device="cpu")
+    flags = row.flags | dict(method=method, weights="pretrained", seed=seed, steps=steps, val_every=steps,
+                             out=file.parent, workers=0, device="cpu")
     if method == "m2ist" and row.flags.get("tune", "method") in ("frozen", "method"):
         flags |= dict(cache_features=args.out / "features")
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -163,11 +159,6 @@ def start(*words) -> None:
 
 
 def all_runs(args: argparse.Namespace, method: str, rows: list[Row]) -> None:
-    def pretrain(seed: int) -> None:
-        file = towers_file(args, method, seed)
-        if not file.exists():
-            start("-m", "toolbox.pretrain", "--method", method, "--seed", seed, "--out", file)
-
     def run(one: tuple[Row, int]) -> None:
         file = scores_file(args, method, *one)
         if not file.exists():
@@ -178,7 +169,6 @@ def all_runs(args: argparse.Namespace, method: str, rows: list[Row]) -> None:
               flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(pretrain, args.seeds))
         list(pool.map(run, [(row, seed) for row in rows for seed in args.seeds]))
 
 

@@ -33,15 +33,17 @@ class InTurn:
 
 
 @pytest.fixture
-def started(monkeypatch):
-    """What the study starts, which runs in this process."""
-    words = []
+def started(monkeypatch, tmp_path):
+    """What the study starts, which runs in this process. Pretraining takes one step of each stage."""
+    words, make = [], pretrain.make
 
-    def start(*what):
+    def start(program, *what):
         words.append(list(map(str, what)))
-        program = {"-m": pretrain.main, study.__file__: study.main}[words[-1][0]]
-        program(words[-1][2:] + ["--steps", "1"] if program is pretrain.main else words[-1][1:])
+        assert program == study.__file__
+        study.main(words[-1])
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(pretrain, "make", lambda *which: make(*which, steps=1))
     monkeypatch.setattr(study, "start", start)
     monkeypatch.setattr(study, "ThreadPoolExecutor", InTurn)
     monkeypatch.setattr(dcris, "Model", dcris.Model)  # others-words puts another one there
@@ -62,15 +64,16 @@ def test_the_study_from_towers_to_a_plot(started, few_pictures, tmp_path, capsys
     assert method["difference"] == pytest.approx(method["mean"] - frozen["mean"]) and method["paper_difference"] == 1.5
     assert others["paper_difference"] is None and others["verdict"] == ""
     runs = [common.read_checkpoint(str(tmp_path / f"dcris-2steps-{row['row']}-3")) for row in rows]
-    assert {info["weights"] for info, _ in runs} == {str(tmp_path / "dcris-towers-3.safetensors")}
+    assert {info["weights"] for info, _ in runs} == {"pretrained"}
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1  # the same towers for all rows
     assert not torch.equal(runs[1][1]["neck.txt_proj.weight"], runs[2][1]["neck.txt_proj.weight"])  # others' words
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in out.splitlines() if line.startswith("|")]
     assert [row[0] for row in cells[2:]] == ["frozen", "method", "others-words"]
     assert cells[3][1] == f"{method['trained']:,}" and cells[3][3] == cells[3][4] == f"{method['mean']:.1f}"
     assert (tmp_path / "dcris.png").exists() == (importlib.util.find_spec("matplotlib") is not None)
-    assert len(started) == 4
+    assert len(started) == 3
     study.main(flags)  # what is there is neither trained nor measured again
-    assert len(started) == 4 and json.loads((tmp_path / "study.json").read_text()) == rows
+    assert len(started) == 3 and json.loads((tmp_path / "study.json").read_text()) == rows
 
 
 def test_the_words_of_another_picture():
