@@ -12,7 +12,8 @@ the whole picture. No sentence comes with the mask or the box of what it refers 
                 and restored (MAE, He et al. 2022): from the contrast alone, maps know little of places
     m2ist       all objects, their boxes and classes (DETR, Carion et al. 2020; the tokens of the encoder are the
                 queries); masked words (BERT, Devlin et al. 2019)
-    shared_ris  masked patches and masked words of a picture and its caption, read together (BEiT-3, Wang et al. 2022)
+    shared_ris  a masked block of patches (what lies there, in the place of a tokenizer's codes) and masked words of a
+                picture and its caption, read together; masked words of captions alone (BEiT-3, Wang et al. 2022)
 """
 
 from __future__ import annotations
@@ -232,27 +233,63 @@ def m2ist(model, scenes: Scenes) -> Iterator[Stage]:
     yield Stage("masked words", 400, 1e-3, [bert], fill)
 
 
+def codes_of(things: list[Thing], grid: int) -> Tensor:
+    """What lies at each patch, at least at a quarter of it: the number of its class, or one more than these for
+    nothing. -> (grid * grid,)"""
+    at = (torch.arange(grid) + 0.5) / grid
+    codes = torch.full((grid, grid), len(CLASSES))
+    for t in things:
+        distance = ((at - t.y)[:, None].square() + (at - t.x).square()).sqrt()
+        codes[distance < t.radius + 0.25 / grid] = class_of(t)
+    return codes.flatten()
+
+
+def blocks(n: int, grid: int, share: float = 0.4) -> Tensor:
+    """A block of neighbouring patches in each picture, True, as in BEiT-3. -> (n, grid * grid)"""
+    at = (torch.arange(grid) + 0.5) / grid
+    height = share ** torch.rand(n, 1)
+    width = share / height
+    top, left = torch.rand(n, 1) * (1 - height), torch.rand(n, 1) * (1 - width)
+    rows, columns = (at > top) & (at < top + height), (at > left) & (at < left + width)
+    return (rows[:, :, None] & columns[:, None]).flatten(1)
+
+
 def shared_ris(model, scenes: Scenes) -> Iterator[Stage]:
     beit3 = model.beit3
-    width, p = beit3.proj.out_channels, beit3.proj.kernel_size[0]
-    pixels, blank = nn.Linear(width, 3 * p * p), beit3.text_embed.num_embeddings - 9  # a row that no word has
+    width, grid = beit3.proj.out_channels, beit3.grid
+    codes, blank = nn.Linear(width, len(CLASSES) + 1), beit3.text_embed.num_embeddings - 9  # a row that no word has
+    positions = beit3.embed_positions.A.weight[3:]
+    # As smooth as those of BEiT-3: random ones do not become so in this time.
+    positions.data.copy_(math.sqrt(2) * common.sine_2d(grid, grid, width, positions))
 
-    def fill() -> Tensor:
-        images, things = scenes.draw(32)
-        tokens = model.tokenize(scenes.captions(things))
-        words = (torch.rand(tokens.shape) < 0.5) & (tokens > 3)  # shares as in BEiT-3
-        mask = torch.rand(32, beit3.grid ** 2) < 0.4
-        v, t = beit3.embed(images, tokens.masked_fill(words, blank))
-        nothing = beit3.mask_token + beit3.embed_positions.A.weight[3:]
-        v = torch.cat([v[:, :1], torch.where(mask[..., None], nothing, v[:, 1:])], 1)  # (B, n_v, d)
+    def some_words(tokens: Tensor) -> Tensor:
+        return (torch.rand(tokens.shape) < 0.25) & (tokens > 3)
+
+    def encode(v: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         keys = torch.cat([tokens.new_ones(v.shape[:2]), tokens != PAD], 1).bool()[:, None, None]
         for layer in beit3.layers:
             v, t = layer(v, t, keys)
-        v, t = beit3.layer_norm(v, t)
-        return masked_patches(pixels(v[:, 1:]), images, mask) \
-            + 0.5 * next_or_masked(t, beit3.text_embed.weight, tokens, words)
+        return beit3.layer_norm(v, t)
 
-    yield Stage("masked pictures and words", 600, 1.5e-3, [beit3, pixels], fill)
+    def loss_of_words(t: Tensor, tokens: Tensor, words: Tensor) -> Tensor:
+        return next_or_masked(t / math.sqrt(width), beit3.text_embed.weight, tokens, words)
+
+    def fill() -> Tensor:
+        images, things = scenes.draw(24)
+        tokens, mask = model.tokenize(scenes.captions(things)), blocks(24, grid)
+        words = some_words(tokens)
+        v, t = beit3.embed(images, tokens.masked_fill(words, blank))
+        v = torch.cat([v[:, :1], torch.where(mask[..., None], beit3.mask_token + positions, v[:, 1:])], 1)
+        v, t = encode(v, t, tokens)                              # (B, n_v, d), (B, n_t, d)
+        seen = torch.stack([codes_of(scene, grid) for scene in things])  # (B, n)
+        pairs = F.cross_entropy(codes(v[:, 1:])[mask], seen[mask]) + loss_of_words(t, tokens, words)
+        tokens = model.tokenize(scenes.captions(scenes.things(32)))  # text alone
+        words = some_words(tokens)
+        _, t = beit3.embed(images[:1], tokens.masked_fill(words, blank))
+        _, t = encode(t[:, :0], t, tokens)
+        return pairs + loss_of_words(t, tokens, words)
+
+    yield Stage("masked pictures and words", 600, 1.5e-3, [beit3, codes], fill)
 
 
 RECIPES = dict(dcris=dcris, etris=etris, m2ist=m2ist, shared_ris=shared_ris)
