@@ -156,7 +156,7 @@ RELEASED = dict(train_positions=True, text_proj=True, adapter_lr=1.0, target="ne
 DINOV2 = dict(image_size=448, train_positions=False)
 TINY = dict(
     blocks=(2, 3, 4), bridger_dim=32, bridger_heads=2, bridger_ffn=64, bridger_dropout=0.0, head_dim=64, head_heads=2,
-    decoder_layers=2, decoder_ffn=128, decoder_dropout=0.0, decoder_position="content", steps=1200, batch_size=16,
+    decoder_layers=2, decoder_ffn=128, decoder_dropout=0.0, decoder_position="content", steps=1500, batch_size=16,
     optimizer="adamw", lr=2e-3, adapter_lr=1.0, weight_decay=0.01, schedule="cosine", milestones=(), warmup=50,
     clip_norm=1.0, dice=1.0, val_every=300)
 

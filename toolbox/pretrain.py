@@ -9,7 +9,8 @@ the whole picture. No sentence comes with the mask or the box of what it refers 
     dcris       vision, without text: masked patches, and what is in the picture, in the place of DINOv2 (Oquab et al.
                 2023); text, without pictures: the next word, and the words of the sentence, in the place of CLIP's
     etris       captions against pictures (CLIP, Radford et al. 2021), which are partly masked (FLIP, Li et al. 2023)
-                and restored (MAE, He et al. 2022): from the contrast alone, maps know little of places
+                and restored (MAE, He et al. 2022): from the contrast alone, maps know little of places; and the
+                next word, for which CLIP's text transformer is causal (Sec. 2.4)
     m2ist       all objects, their boxes and classes (DETR, Carion et al. 2020; the tokens of the encoder are the
                 queries); masked words (BERT, Devlin et al. 2019)
     shared_ris  a masked block of patches (what lies there, in the place of a tokenizer's codes) and masked words of a
@@ -178,13 +179,14 @@ def etris(model, scenes: Scenes) -> Iterator[Stage]:
         tokens = model.tokenize(scenes.captions(things))
         mask = torch.rand(64, side * side) < 0.3
         hidden = F.interpolate(mask.view(64, 1, side, side).float(), images.shape[-2:])
-        maps, _, f_s, _ = model.encode(images * (1 - hidden), tokens)
+        maps, f_t, f_s, pad = model.encode(images * (1 - hidden), tokens)
         f_v = maps[2].mean((2, 3))                               # (B, C'): the mean of places for the class token
         logits = clip.logit_scale.exp() * F.normalize(f_v, dim=1) @ F.normalize(f_s, dim=1).T  # (B, B)
         right = torch.arange(64)
         contrast = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
         x = torch.cat([F.interpolate(m, (side, side)) for m in maps], 1).flatten(2).transpose(1, 2)  # (B, 64, C)
-        return contrast + masked_patches(pixels(x), images, mask)
+        return contrast + masked_patches(pixels(x), images, mask) \
+            + next_or_masked(f_t[:, :-1], clip.token_embedding.weight, tokens[:, 1:], ~pad[:, 1:])
 
     yield Stage("pictures and captions", 220, 1.5e-3, [clip, pixels], pair)
 
