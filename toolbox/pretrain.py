@@ -224,7 +224,7 @@ def m2ist(model, scenes: Scenes) -> Iterator[Stage]:
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight) \
             + 5 * (mine - truth).abs().sum(1).mean() + 2 * generalized_box_iou_loss(*corners, reduction="mean")
 
-    yield Stage("detection", 600, 1e-3, [detr, kinds, boxes], detect)
+    yield Stage("detection", 800, 1e-3, [detr, kinds, boxes], detect)
 
     def fill() -> Tensor:
         tokens = model.tokenize(scenes.captions(scenes.things(64)))
@@ -232,7 +232,7 @@ def m2ist(model, scenes: Scenes) -> Iterator[Stage]:
         x = model.encode_text(tokens.masked_fill(mask, BERT_MASK)).output  # (B, L, C)
         return next_or_masked(x, bert.embeddings.word_embeddings.weight, tokens, mask)
 
-    yield Stage("masked words", 400, 1e-3, [bert], fill)
+    yield Stage("masked words", 600, 1e-3, [bert], fill)
 
 
 def codes_of(things: list[Thing], grid: int) -> Tensor:
