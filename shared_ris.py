@@ -120,7 +120,7 @@ class Config(TrainConfig):
 
 
 LARGE = dict(stages=(6, 12, 18, 24))
-TINY = dict(image_size=64, stages=(1, 2, 3, 4), head_dim=32, head_heads=2, drop_path=0.0, steps=1200, batch_size=16,
+TINY = dict(image_size=64, stages=(1, 2, 3, 4), head_dim=32, head_heads=2, drop_path=0.0, steps=1800, batch_size=16,
             lr=2e-3, tower_lr=0.5, weight_decay=0.01, warmup=50, val_every=300)
 TINY_COOP = dict(words=56)  # the encoder reads 64 tokens, 8 of them prompts
 PRESETS = {"beit3-base": {}, "beit3-large": LARGE, "tiny": TINY}

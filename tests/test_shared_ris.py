@@ -524,7 +524,7 @@ def test_the_head_computes_eq_6_to_11(flags):
         if c.decoder_fusion != "bi":
             y = linear(sd, f"layers.{k}.mlp.1", norm(sd, f"layers.{k}.mlp.0", z))
             z = z + linear(sd, f"layers.{k}.mlp.3", F.gelu(y))                          # Eq. 9
-    f = z[:, 1:65].reshape(2, 8, 8, 64).permute(0, 3, 1, 2)
+    f = z[:, 1:65].reshape(2, 8, 8, -1).permute(0, 3, 1, 2)
     for k in range(c.upsamplings):
         f = F.conv2d(F.interpolate(f, scale_factor=2, mode="bilinear"), sd[f"conv.{k}.1.weight"], padding=1)
         f = F.batch_norm(f, *(sd[f"conv.{k}.2.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))).relu()
