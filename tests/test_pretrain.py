@@ -226,6 +226,28 @@ def test_captions_are_true():
 # Training on them
 
 
+def test_a_block_of_patches_is_hidden():
+    torch.manual_seed(0)
+    masks = pretrain.blocks(500, 8).view(500, 8, 8)
+    for mask in masks:
+        rows, columns = mask.any(1), mask.any(0)
+        assert torch.equal(mask, rows[:, None] & columns) and mask.any()
+        for side in rows, columns:
+            first, last = side.nonzero().flatten()[[0, -1]].tolist()
+            assert side[first:last + 1].all()  # neighbours
+    assert masks.float().mean() == pytest.approx(0.4, abs=0.02)
+    assert masks.float().mean(0).min() > 0.03  # anywhere
+
+
+def test_codes_say_what_lies_at_a_patch():
+    things = [Thing("circle", "red", "large", 0.25, 0.25, 0.2), Thing("cross", "blue", "small", 0.6, 0.6, 0.1)]
+    codes = pretrain.codes_of(things, 4).view(4, 4)
+    circle, cross = map(pretrain.class_of, things)
+    nothing = len(pretrain.CLASSES)
+    assert codes[:2, :2].unique().tolist() == [circle] and codes[2, 2] == cross
+    assert (codes == nothing).sum() == 11
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_papers_method_is_trained_on_them(made, method, tmp_path, monkeypatch):
     """Frozen towers stay as they are in the cache, the run folder has a copy, and needs the cache no more."""

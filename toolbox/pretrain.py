@@ -236,8 +236,8 @@ def m2ist(model, scenes: Scenes) -> Iterator[Stage]:
 
 
 def codes_of(things: list[Thing], grid: int) -> Tensor:
-    """What lies at each patch, at least at a quarter of it: the number of its class, or one more than these for
-    nothing. -> (grid * grid,)"""
+    """What lies at the centre of each patch, or a quarter of a patch beside it: the number of its class, or one more
+    than these for nothing. -> (grid * grid,)"""
     at = (torch.arange(grid) + 0.5) / grid
     codes = torch.full((grid, grid), len(CLASSES))
     for t in things:
