@@ -411,7 +411,7 @@ def cached(info: dict, say: Callable[[str], None]) -> dict[str, Tensor]:
     try:
         with suppress(UserError):
             return read(file, **info)
-        say(f"pretraining {info['method']}'s tiny towers, one to two minutes on a CPU, kept in {file}")
+        say(f"pretraining {info['method']}'s tiny towers, some minutes on a CPU, kept in {file}")
         towers = make(*names)
         try:
             common.write_tensors(file, towers, info)
