@@ -250,7 +250,10 @@ class BEiT3(nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor) -> list[Pair]:
         """Normalised images (B, 3, S, S), tokens (B, n_t), PAD behind the end -> h_1 ... h_L"""
-        v, t = self.embed(images, tokens)
+        return self.encode(*self.embed(images, tokens), tokens)
+
+    def encode(self, v: Tensor, t: Tensor, tokens: Tensor) -> list[Pair]:
+        """h_0 as a pair; the tokens tell the padding -> h_1 ... h_L"""
         keys = torch.cat([tokens.new_ones(v.shape[:2]), tokens != PAD], 1).bool()[:, None, None]  # (B, 1, 1, n_v + n_t)
         h = []
         for layer in self.layers:

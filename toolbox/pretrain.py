@@ -44,7 +44,7 @@ from data import normalise, to_canvas
 from toolbox.cli import Parser, one_of
 from toolbox.shapes import (ADJECTIVES, COLOURS, PLACE_WORDS, PLACES, RELATIONS, SHAPES, SIZES, Thing, draw_scene,
                             place_things)
-from toolbox.tokenizers import PAD, SEP
+from toolbox.tokenizers import SEP
 
 VERSION = 2  # of what is done here: the cache keeps towers of one version apart from those of another
 PICTURES, LONGEST = 6000, 28  # tokens of a caption
@@ -264,30 +264,28 @@ def shared_ris(model, scenes: Scenes) -> Iterator[Stage]:
     # As smooth as those of BEiT-3: random ones do not become so in this time.
     positions.data.copy_(math.sqrt(2) * common.sine_2d(grid, grid, width, positions))
 
-    def some_words(tokens: Tensor) -> Tensor:
-        return (torch.rand(tokens.shape) < 0.25) & (tokens > 3)
+    def some_hidden(described: list[list[Thing]]) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = model.tokenize(scenes.captions(described))
+        words = (torch.rand(tokens.shape) < 0.25) & (tokens > 3)
+        return tokens, words, tokens.masked_fill(words, blank)
 
     def encode(v: Tensor, t: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        keys = torch.cat([tokens.new_ones(v.shape[:2]), tokens != PAD], 1).bool()[:, None, None]
-        for layer in beit3.layers:
-            v, t = layer(v, t, keys)
-        return beit3.layer_norm(v, t)
+        return beit3.layer_norm(*beit3.encode(v, t, tokens)[-1])
 
     def loss_of_words(t: Tensor, tokens: Tensor, words: Tensor) -> Tensor:
         return next_or_masked(t / math.sqrt(width), beit3.text_embed.weight, tokens, words)
 
     def fill() -> Tensor:
         images, things = scenes.draw(24)
-        tokens, mask = model.tokenize(scenes.captions(things)), blocks(24, grid)
-        words = some_words(tokens)
-        v, t = beit3.embed(images, tokens.masked_fill(words, blank))
+        mask = blocks(24, grid)
+        tokens, words, shown = some_hidden(things)
+        v, t = beit3.embed(images, shown)
         v = torch.cat([v[:, :1], torch.where(mask[..., None], beit3.mask_token + positions, v[:, 1:])], 1)
         v, t = encode(v, t, tokens)                              # (B, n_v, d), (B, n_t, d)
         seen = torch.stack([codes_of(scene, grid) for scene in things])  # (B, n)
         pairs = F.cross_entropy(codes(v[:, 1:])[mask], seen[mask]) + loss_of_words(t, tokens, words)
-        tokens = model.tokenize(scenes.captions(scenes.things(32)))  # text alone
-        words = some_words(tokens)
-        _, t = beit3.embed(images[:1], tokens.masked_fill(words, blank))
+        tokens, words, shown = some_hidden(scenes.things(32))    # text alone
+        _, t = beit3.embed(images[:1], shown)
         _, t = encode(t[:, :0], t, tokens)
         return pairs + loss_of_words(t, tokens, words)
 
