@@ -223,9 +223,6 @@ def test_captions_are_true():
     assert "circle right of" not in said and "cross left of" not in said
 
 
-# Training on them
-
-
 def test_a_block_of_patches_is_hidden():
     torch.manual_seed(0)
     masks = pretrain.blocks(500, 8).view(500, 8, 8)
@@ -246,6 +243,9 @@ def test_codes_say_what_lies_at_a_patch():
     nothing = len(pretrain.CLASSES)
     assert codes[:2, :2].unique().tolist() == [circle] and codes[2, 2] == cross
     assert (codes == nothing).sum() == 11
+
+
+# Training on them
 
 
 @pytest.mark.parametrize("method", METHODS)
