@@ -1,6 +1,6 @@
 """The papers in miniature: what is frozen, what is trained, and what each part of the adapters brings.
 
-    python docs/study.py                             # four methods, three seeds: two hours on two CPU cores
+    python docs/study.py                             # four methods, three seeds
     python docs/study.py --method dcris --seeds 0    # one method, one seed
     python docs/study.py --method etris --rows frozen,method --seeds 0,1 --steps 300
 
