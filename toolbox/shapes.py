@@ -84,7 +84,7 @@ class Shapes(Source):
                  images: int | None = None):
         self.name, self.split, self.seed, self.size = name, split, seed, size
         self.images = images if images is not None else 8000 if split == "train" else 300
-        self.scene = lru_cache(4096)(self._scene)
+        self.scene, self.box = lru_cache(None)(self._scene), lru_cache(None)(super().box)  # slow, and small
 
     def __reduce__(self):  # a cache does not travel to other processes
         return Shapes, (self.name, self.split, self.seed, self.size, self.images)
