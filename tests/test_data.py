@@ -419,27 +419,28 @@ class Two(NamedTuple):
 
 
 @pytest.mark.parametrize("where", ["memory", "folder"])
-def test_features_of_pictures_are_made_once_and_kept(tmp_path, where):
-    calls, said, source = [], [], shapes.Shapes("shapes", "val", images=5)
+def test_features_of_pictures_are_made_once_and_kept(tmp_path, monkeypatch, where):
+    monkeypatch.setattr(features, "BATCH", 2)
+    seen, said, source = [], [], shapes.Shapes("shapes", "val", images=5)
     def encode(image):
-        calls.append(1)
+        seen.extend(image)
         return Two(image.mean((2, 3)), image[:, 0] > 0)
     folder = str(tmp_path / "deep" / "cache") if where == "folder" else None
     cache = features.FeatureCache(source, PRE, encode, folder, "towers", said.append)
-    assert len(calls) == 5 and "5 pictures, 0.00 GiB" in said[0]
+    assert len(seen) == 5 and "5 pictures, 0.00 GiB" in said[0]
     items = data.TrainSet(source, PRE, features=cache)
     batch = data.collate([items[0, n] for n in (0, 1, 6)])
-    assert isinstance(batch["image"], Two) and batch["image"].flag.dtype == torch.bool and len(calls) == 5
+    assert isinstance(batch["image"], Two) and batch["image"].flag.dtype == torch.bool and len(seen) == 5
     for k, n in enumerate((0, 1, 6)):
         want = encode(normalised(source.read(n).image, PRE)[None])
         assert torch.equal(batch["image"].mean[k], want.mean[0]) and torch.equal(batch["image"].flag[k], want.flag[0])
     assert torch.equal(batch["box"], torch.stack([data.TrainSet(source, PRE)[0, n]["box"] for n in (0, 1, 6)]))
     if folder:
-        before = len(calls)
+        before = len(seen)
         again = features.FeatureCache(source, PRE, encode, folder, "towers", said.append)
-        assert len(calls) == before + 1 and "are in" in said[-1] and torch.equal(again[3].mean, cache[3].mean)
+        assert len(seen) == before + 2 and "are in" in said[-1] and torch.equal(again[3].mean, cache[3].mean)
         features.FeatureCache(source, PRE, encode, folder, "other towers", said.append)
-        assert len(calls) == before + 6 and len(os.listdir(folder)) == 2
+        assert len(seen) == before + 7 and len(os.listdir(folder)) == 2
         # the same file, but the encoder gives something else: made anew
         changed = features.FeatureCache(source, PRE, lambda x: Two(x.mean((2, 3)) + 1, x[:, 0] > 0), folder, "towers", said.append)
         assert torch.equal(changed[3].mean, again[3].mean + 1) and len(os.listdir(folder)) == 2

@@ -20,6 +20,8 @@ import common
 from common import Preprocess, Process, UserError, writing
 from data import Source, normalise, to_canvas
 
+BATCH = 8  # pictures encoded together
+
 
 class FeatureCache:
     """What a frozen encoder gives for each picture of a source, made once: cache[picture].
@@ -34,10 +36,12 @@ class FeatureCache:
         for i in range(len(source)):
             first.setdefault(source.picture(i), i)
         self.rows = {picture: row for row, picture in enumerate(first)}
-        make = (encode(normalise(to_canvas(source.read(i).image, pre)[None], pre)) for i in first.values())
+        objects = list(first.values())
+        make = (encode(normalise(torch.stack([to_canvas(source.read(i).image, pre) for i in some]), pre))
+                for some in (objects[n:n + BATCH] for n in range(0, len(objects), BATCH)))
         one = next(make)
         self.kind = type(one)
-        row = np.dtype([(name, v[0].cpu().numpy().dtype, v.shape[1:]) for name, v in one._asdict().items()])
+        row = np.dtype([(name, v.cpu().numpy().dtype, v.shape[1:]) for name, v in one._asdict().items()])
         need = len(first) * row.itemsize
         key = hashlib.sha256(f"{towers} {source.identity()} {pre} {row}".encode()).hexdigest()[:16]
         file = Path(folder or ".") / f"{source.name}-{source.split}-{key}.features"
@@ -51,14 +55,14 @@ class FeatureCache:
             if need > free:
                 raise UserError(f"--cache-features {folder or 'memory'}: {size}, but {free / 2**30:.2f} GiB are free"
                                 + ("." if folder else "; a folder in the place of memory may hold them."))
-            rows = (np.array([tuple(v[0].cpu().numpy() for v in e)], row) for e in itertools.chain([one], make))
+            rows = (np.array(list(zip(*(v.cpu().numpy() for v in e))), row) for e in itertools.chain([one], make))
             if folder:
                 with writing(file) as temporary, open(temporary, "wb") as f:
                     f.writelines(r.tobytes() for r in rows)
             else:
                 self.data = np.empty(len(first), row)
                 for n, r in enumerate(rows):
-                    self.data[n] = r[0]
+                    self.data[n * BATCH:n * BATCH + len(r)] = r
         if folder:
             self.data = np.memmap(file, row, "r")
 
