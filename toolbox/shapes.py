@@ -95,6 +95,9 @@ class Shapes(Source):
     def sentences(self, i: int) -> tuple[str, ...]:
         return (self.scene(i // 2)[1][i % 2].sentence,)
 
+    def count(self, i: int) -> int:
+        return 1
+
     def picture(self, i: int) -> int:
         return i // 2
 
