@@ -2,13 +2,13 @@
 
     python docs/study.py                             # four methods, three seeds
     python docs/study.py --method dcris --seeds 0    # one method, one seed
-    python docs/study.py --method etris --rows frozen,method --seeds 0,1 --steps 300
+    python docs/study.py --method etris --rows frozen,method --dataset shapes-shift --steps 300
 
 For each seed the tiny towers of a method are pretrained without the task (toolbox/pretrain.py). Every row of a seed is
-then one run of train.py on `shapes`, with the same towers, initial head and order of batches. There is one validation,
-at the last step: no step is chosen by what it is measured on. Each row is measured on --pictures of val, with two
-sentences each, and compared with another row, sentence by sentence. Intervals are 95 % bootstrap intervals: seeds are
-drawn anew, then the pictures of each. With three seeds they tend to be too narrow.
+then one run of train.py on --dataset, with the same towers, initial head and order of batches. There is one
+validation, at the last step: no step is chosen by what it is measured on. Each row is measured on --pictures of val,
+with two sentences each, and compared with another row, sentence by sentence. Intervals are 95 % bootstrap intervals:
+seeds are drawn anew, then the pictures of each. With three seeds they tend to be too narrow.
 
 The same command goes on where it was stopped. --out gets the runs, study.json, a plot of each method (pip install
 matplotlib), and 3 GB of features that M2IST's frozen encoders give.
@@ -36,6 +36,7 @@ import common  # noqa: E402
 import evaluate  # noqa: E402
 import train  # noqa: E402
 from common import ALONE, METHODS, UserError, load_method  # noqa: E402
+from data import SHAPE_SETS  # noqa: E402
 from toolbox import costs, tables  # noqa: E402
 from toolbox.cli import Parser, integers, one_of  # noqa: E402
 from toolbox.shapes import Shapes  # noqa: E402
@@ -63,8 +64,6 @@ def main_rows(table: str, *names: str, frozen: tuple[str, str] = ()) -> list[Row
 ROWS = {
     "dcris": [
         *main_rows("2", "DCRIS-B", "LoRA", "Adapter", "Full-Tuning"),
-        Row("no-da", dict(visual_layers=""), "method", ("3", "TA")),
-        Row("no-ta", dict(text_layers=""), "method", ("3", "DA")),
         Row("no-dense", {}, "method"),
         Row("others-words", {}, "method")],
     "etris": [
@@ -124,7 +123,8 @@ def changed(model_class: type, change: Callable[[nn.Module], None]) -> type:
 
 def scores_file(args: argparse.Namespace, method: str, row: Row, seed: int) -> Path:
     """In the folder of the run."""
-    return args.out / f"{method}-{args.steps or STEPS[method]}steps-{row.name}-{seed}" / f"val-{args.pictures}.json"
+    run = f"{method}-{args.dataset}-{args.steps or STEPS[method]}steps-{row.name}-{seed}"
+    return args.out / run / f"val-{args.pictures}.json"
 
 
 def train_and_measure(args: argparse.Namespace, method: str, row: Row, seed: int) -> None:
@@ -132,8 +132,8 @@ def train_and_measure(args: argparse.Namespace, method: str, row: Row, seed: int
     module, file, steps = load_method(method), scores_file(args, method, row, seed), args.steps or STEPS[method]
     if row.name in CHANGES:
         module.Model = changed(module.Model, CHANGES[row.name])
-    flags = row.flags | dict(method=method, weights="pretrained", seed=seed, steps=steps, val_every=steps,
-                             out=file.parent, workers=0, device="cpu")
+    flags = row.flags | dict(method=method, dataset=args.dataset, weights="pretrained", seed=seed, steps=steps,
+                             val_every=steps, out=file.parent, workers=0, device="cpu")
     if method == "m2ist" and row.flags.get("tune", "method") in ("frozen", "method"):
         flags |= dict(cache_features=args.out / "features")
     words = [word for name, value in flags.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -141,7 +141,7 @@ def train_and_measure(args: argparse.Namespace, method: str, row: Row, seed: int
         raise KeyboardInterrupt  # it was stopped, and has saved
     model, _ = evaluate.load_run(str(file.parent), None, ALONE)
     details = []
-    evaluate.evaluate_split(model, Shapes("shapes", "val", seed, images=args.pictures), ALONE, details=details)
+    evaluate.evaluate_split(model, Shapes(args.dataset, "val", seed, images=args.pictures), ALONE, details=details)
     found = [one for _, one, _ in details]
     scores = common.mask_ious(found)[2] if model.task == "mask" else np.array(found) >= 0.5
     saved = costs.saved_bytes(model.train(), *costs.blank(model, 2)) // 2
@@ -164,7 +164,8 @@ def all_runs(args: argparse.Namespace, method: str, rows: list[Row]) -> None:
         if not file.exists():
             row, seed = one
             start(__file__, "--one", "--method", method, "--rows", row.name, "--seeds", seed, "--out", args.out,
-                  "--pictures", args.pictures, *(["--steps", args.steps] if args.steps else []))
+                  "--dataset", args.dataset, "--pictures", args.pictures,
+                  *(["--steps", args.steps] if args.steps else []))
         print(f"{file.parent.name}: {100 * np.mean(json.loads(file.read_text())['scores']):.1f}", file=sys.stderr,
               flush=True)
 
@@ -215,8 +216,8 @@ def results(args: argparse.Namespace, method: str, rows: list[Row]) -> list[dict
                                   for seed, run in runs.items()}
         means = {seed: float(values.mean()) for seed, values in own.items()}
         first = runs[args.seeds[0]]
-        one = dict(method=method, row=row.name, flags=row.flags, steps=args.steps or STEPS[method],
-                   trained=first["trained"], saved_bytes_per_image=first["saved"],
+        one = dict(method=method, row=row.name, flags=row.flags, dataset=args.dataset,
+                   steps=args.steps or STEPS[method], trained=first["trained"], saved_bytes_per_image=first["saved"],
                    metric=evaluate.MAIN_METRIC[load_method(method).Model.task], pictures=args.pictures, seeds=means,
                    mean=float(np.mean(list(means.values()))), interval=bootstrap(own), base=row.base)
         if row.base in scores:
@@ -238,8 +239,8 @@ def difference(row: dict) -> str:
 
 def print_markdown(rows: list[dict]) -> None:
     first = rows[0]
-    print(f"\n{first['method']}: {first['steps']} steps, seeds {', '.join(map(str, first['seeds']))}, "
-          f"{first['pictures']} pictures of val for each\n\n"
+    print(f"\n{first['method']} on {first['dataset']}: {first['steps']} steps, seeds "
+          f"{', '.join(map(str, first['seeds']))}, {first['pictures']} pictures of val for each\n\n"
           f"| row | trained parameters | kept for backward, a picture | {first['metric']} | each seed | difference, "
           "95 % interval | the paper's difference | the paper's sign |\n|---|---|---|---|---|---|---|---|")
     for row in rows:
@@ -281,7 +282,7 @@ def plot(rows: list[dict], file: Path) -> None:
     right.margins(x=0.18)
     for axis in left, right:
         axis.grid(alpha=0.25)
-    figure.suptitle(f"{first['method']}, tiny, {first['steps']} steps on shapes, seeds "
+    figure.suptitle(f"{first['method']}, tiny, {first['steps']} steps on {first['dataset']}, seeds "
                     f"{', '.join(map(str, first['seeds']))}. Blue: difference to frozen; orange: to method")
     with common.writing(file) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
@@ -297,6 +298,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--method", **one_of(*METHODS), help="default: all four, one after another")
     p.add_argument("--rows", type=lambda s: s.split(","), metavar="ROW,...", help="of the method; default: all")
     p.add_argument("--seeds", default=(0, 1, 2), type=integers, metavar="N,...", help="default: 0,1,2")
+    p.add_argument("--dataset", **one_of(*SHAPE_SETS), default="shapes")
     p.add_argument("--steps", type=int, default=0, help="of each run; default: " +
                    ", ".join(f"{method} {steps}" for method, steps in STEPS.items()))
     p.add_argument("--pictures", type=int, default=2000, help="of val (default: 2000)")

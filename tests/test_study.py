@@ -52,7 +52,7 @@ def started(monkeypatch, tmp_path):
 
 def test_the_study_from_towers_to_a_plot(started, few_pictures, tmp_path, capsys):  # noqa: F811
     flags = ["--method", "dcris", "--rows", "frozen,method,others-words", "--seeds", "3", "--steps", "2",
-             "--pictures", "4", "--out", str(tmp_path)]
+             "--dataset", "shapes-shift", "--pictures", "4", "--out", str(tmp_path)]
     study.main(flags)
     out = capsys.readouterr().out
     rows = json.loads((tmp_path / "study.json").read_text())
@@ -63,7 +63,7 @@ def test_the_study_from_towers_to_a_plot(started, few_pictures, tmp_path, capsys
     assert frozen["saved_bytes_per_image"] < method["saved_bytes_per_image"] <= others["saved_bytes_per_image"]
     assert method["difference"] == pytest.approx(method["mean"] - frozen["mean"]) and method["paper_difference"] == 1.5
     assert others["paper_difference"] is None and others["verdict"] == ""
-    runs = [common.read_checkpoint(str(tmp_path / f"dcris-2steps-{row['row']}-3")) for row in rows]
+    runs = [common.read_checkpoint(str(tmp_path / f"dcris-shapes-shift-2steps-{row['row']}-3")) for row in rows]
     assert {info["weights"] for info, _ in runs} == {"pretrained"}
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1  # the same towers for all rows
     assert not torch.equal(runs[1][1]["neck.txt_proj.weight"], runs[2][1]["neck.txt_proj.weight"])  # others' words
