@@ -189,7 +189,7 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda or not (self.training and self.p):
             return super().forward(x)
-        return x.masked_fill(torch.rand(x.shape, device=x.device) < self.p, 0) / (1 - self.p)
+        return torch.where(torch.rand(x.shape, device=x.device) < self.p, 0, x).div_(1 - self.p)
 
 
 class FrozenBatchNorm(nn.Module):
