@@ -41,7 +41,7 @@ from toolbox import costs, tables  # noqa: E402
 from toolbox.cli import Parser, integers, one_of  # noqa: E402
 from toolbox.shapes import Shapes  # noqa: E402
 
-# Fewer than those of the first commands, except for Shared-RIS. M2IST is on a plateau in its first 1,000 steps.
+# Of DCRIS and ETRIS fewer than the first commands have. M2IST is on a plateau in its first 1,000 steps.
 STEPS = dict(dcris=500, etris=500, m2ist=4000, shared_ris=1800)
 COLUMN = dict(dcris="val", etris="oIoU", m2ist="val", shared_ris="mIoU")  # of the paper's tables
 RESAMPLES = 2000
@@ -298,7 +298,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--method", **one_of(*METHODS), help="default: all four, one after another")
     p.add_argument("--rows", type=lambda s: s.split(","), metavar="ROW,...", help="of the method; default: all")
     p.add_argument("--seeds", default=(0, 1, 2), type=integers, metavar="N,...", help="default: 0,1,2")
-    p.add_argument("--dataset", **one_of(*SHAPE_SETS), default="shapes")
+    p.add_argument("--dataset", **one_of(*SHAPE_SETS), default="shapes", help="(default: shapes)")
     p.add_argument("--steps", type=int, default=0, help="of each run; default: " +
                    ", ".join(f"{method} {steps}" for method, steps in STEPS.items()))
     p.add_argument("--pictures", type=int, default=2000, help="of val (default: 2000)")

@@ -28,7 +28,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +59,7 @@ class Scenes:
 
     def __init__(self, seed: int, pre: Preprocess):
         self.seed, self.pre, self.rng = seed, pre, np.random.default_rng([seed, 100])
-        self.place, self.picture = (lru_cache(PICTURES)(f) for f in (self._place, self._picture))
+        self.place, self.picture = (cache(f) for f in (self._place, self._picture))
 
     def _place(self, number: int) -> tuple[list[Thing], np.random.Generator]:
         rng = np.random.default_rng([self.seed, 100, number])  # no split of `shapes` has the number 100

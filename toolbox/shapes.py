@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -84,7 +84,7 @@ class Shapes(Source):
                  images: int | None = None):
         self.name, self.split, self.seed, self.size = name, split, seed, size
         self.images = images if images is not None else 8000 if split == "train" else 300
-        self.scene, self.box = lru_cache(None)(self._scene), lru_cache(None)(super().box)  # slow, and small
+        self.scene, self.box = cache(self._scene), cache(super().box)  # slow, and small
 
     def __reduce__(self):  # a cache does not travel to other processes
         return Shapes, (self.name, self.split, self.seed, self.size, self.images)
