@@ -189,7 +189,10 @@ class Dropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda or not (self.training and self.p):
             return super().forward(x)
-        return torch.where(torch.rand(x.shape, device=x.device) < self.p, 0, x).div_(1 - self.p)
+        # 16 random bits for each value, as torch.rand takes twice as long
+        bits = torch.randint(-2**63, 2**63 - 1, (x.numel() // 4 + 1,), device=x.device).view(torch.int16)
+        dropped = bits[:x.numel()].view(x.shape) < round(self.p * 2**16) - 2**15
+        return torch.where(dropped, 0, x).div_(1 - self.p)
 
 
 class FrozenBatchNorm(nn.Module):
