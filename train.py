@@ -86,7 +86,10 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, common.TrainConfi
     if args.accumulate < 1 or args.log_every < 1 or args.workers < 0 or not 0 <= args.seed < 2**31:
         p.error("--accumulate and --log-every must be positive, --workers not negative, --seed 0 to 2147483647")
     args.backbone, args.variant, args.tune = backbone, variant, tune
-    return args, method.config(backbone, variant, args.dataset, tune=tune, **config_flags(args, method.Config))
+    flags = config_flags(args, method.Config)
+    if "epochs" in flags:
+        flags.setdefault("steps", 0)  # tiny has a number of steps
+    return args, method.config(backbone, variant, args.dataset, tune=tune, **flags)
 
 
 def default_workers() -> int:

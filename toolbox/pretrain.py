@@ -12,7 +12,7 @@ the whole picture. No sentence comes with the mask or the box of what it refers 
                 and restored (MAE, He et al. 2022): from the contrast alone, maps know little of places; and the
                 next word, for which CLIP's text transformer is causal (Sec. 2.4)
     m2ist       all objects, their boxes and classes (DETR, Carion et al. 2020; the tokens of the encoder are the
-                queries); masked words (BERT, Devlin et al. 2019)
+                queries, all those in a box predict it); masked words (BERT, Devlin et al. 2019)
     shared_ris  a masked block of patches (what lies there, in the place of a tokenizer's codes) and masked words of a
                 picture and its caption, read together; masked words of captions alone (BEiT-3, Wang et al. 2022)
 """
@@ -46,7 +46,7 @@ from toolbox.shapes import (ADJECTIVES, COLOURS, PLACE_WORDS, PLACES, RELATIONS,
                             place_things)
 from toolbox.tokenizers import SEP
 
-VERSION = 2  # of what is done here: the cache keeps towers of one version apart from those of another
+VERSION = 3  # of what is done here: the cache keeps towers of one version apart from those of another
 PICTURES, LONGEST = 6000, 28  # tokens of a caption
 CLASSES = {" ".join(c): n for n, c in enumerate(itertools.product(SIZES, COLOURS, SHAPES))}
 BERT_MASK = SEP + 1
@@ -211,15 +211,13 @@ def m2ist(model, scenes: Scenes) -> Iterator[Stage]:
         of = torch.tensor([b for b, scene in enumerate(things) for _ in scene])  # (M,), M objects of all pictures
         kind = torch.tensor([class_of(t) for scene in things for t in scene])    # (M,)
         truth = torch.tensor([[t.x, t.y, 2 * t.radius, 2 * t.radius] for scene in things for t in scene]).float()
-        # The matching: each object takes the best token inside its box. Boxes hardly overlap, so two objects seldom
-        # take the same one.
-        with torch.no_grad():
-            outside = (centres - truth[:, None, :2]).abs().amax(2) > truth[:, None, 2] / 2  # (M, N)
-            cost = 5 * (found[of] - truth[:, None]).abs().sum(2) - logits[of].softmax(2)[range(len(of)), :, kind]
-            best = (cost + 100 * outside).argmin(1)              # (M,)
+        # Each token inside an object's box predicts it (FCOS, Tian et al. 2019). With one token for each object, as in
+        # DETR, shapes are told apart much later. Boxes hardly overlap.
+        inside = (centres - truth[:, None, :2]).abs().amax(2) < truth[:, None, 2] / 2  # (M, N)
+        which, token = inside.nonzero(as_tuple=True)             # (P,), P pairs of an object and a token
         target = torch.full(logits.shape[:2], none)
-        target[of, best] = kind
-        mine = found[of, best]                                   # (M, 4)
+        target[of[which], token] = kind[which]
+        mine, truth = found[of[which], token], truth[which]      # (P, 4)
         corners = [box_convert(box, "cxcywh", "xyxy") for box in (mine, truth)]
         return F.cross_entropy(logits.flatten(0, 1), target.flatten(), weight) \
             + 5 * (mine - truth).abs().sum(1).mean() + 2 * generalized_box_iou_loss(*corners, reduction="mean")
