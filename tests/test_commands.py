@@ -238,6 +238,11 @@ def test_workers_follow_the_cpus_that_the_process_may_use(monkeypatch, cpus, pro
     assert train.parse(["--method", "m2ist"])[0].workers == workers
 
 
+def test_epochs_count_where_a_preset_has_steps():
+    assert train.parse(["--method", "m2ist", "--epochs", "3"])[1].steps == 0 < train.parse(["--method", "m2ist"])[1].steps
+    assert train.parse(["--method", "m2ist", "--epochs", "3", "--steps", "5"])[1].steps == 5
+
+
 def test_runs_are_not_written_over(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
