@@ -135,8 +135,8 @@ def torchrun(*flags) -> list:
 
 
 def training(data_root: Path, out: Path, *flags) -> list:
-    return ["train.py", "--method", "dcris", "--backbone", "tiny", "--dataset", "refcoco", "--data-root", data_root,
-            "--batch-size", 32, "--log-every", 1, "--device", "cpu", "--out", out, *flags]
+    return ["train.py", "--method", "dcris", "--backbone", "tiny", "--weights", "random", "--dataset", "refcoco",
+            "--data-root", data_root, "--batch-size", 32, "--log-every", 1, "--device", "cpu", "--out", out, *flags]
 
 
 def opening(folder: Path):
