@@ -82,7 +82,9 @@ ROWS = {
     "shared_ris": [
         Row("frozen", dict(tune="frozen")),
         Row("method", {}, "frozen", ("VII", "(b) Shared self-attention")),
-        Row("cross", dict(fpn_fusion="cross"), "method", ("VII", "(b) Cross-attention"))],
+        Row("cross", dict(fpn_fusion="cross"), "method", ("VII", "(b) Cross-attention")),
+        Row("neither", dict(stages="", shared_layers="0"), "method", ("III", "neither")),
+        Row("dual-encoder", {}, "method")],
 }
 
 
@@ -106,7 +108,18 @@ def others_words(model: nn.Module) -> None:
         adapter.register_forward_pre_hook(exchange)
 
 
-CHANGES = {"no-dense": without_dense, "others-words": others_words}
+def dual_encoder(model: nn.Module) -> None:
+    """Shared-RIS whose encoder reads picture and sentence one without the other: they meet in the FPN."""
+    encode = model.beit3.encode
+
+    def apart(v, t, tokens):
+        alone = encode(v, t[:, :0], tokens[:, :0]), encode(v[:, :0], t, tokens)
+        return [(of_v, of_t) for (of_v, _), (_, of_t) in zip(*alone)]
+
+    model.beit3.encode = apart
+
+
+CHANGES = {"no-dense": without_dense, "others-words": others_words, "dual-encoder": dual_encoder}
 
 
 def changed(model_class: type, change: Callable[[nn.Module], None]) -> type:

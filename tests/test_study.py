@@ -10,6 +10,7 @@ import torch
 
 import common
 import dcris
+import shared_ris
 from common import METHODS, UserError
 from toolbox import pretrain
 from tests.test_commands import few_pictures  # noqa: F401
@@ -100,6 +101,20 @@ def test_without_the_dense_module():
     words = adapter.text_proj(f_t)
     expected = adapter.back_proj(adapter.attention(adapter.image_proj(F_v[:, 5:]), words, words)[0]) + F_v[:, 5:]
     assert torch.allclose(adapter.cross(F_v, f_t, pad, (8, 8))[:, 5:], expected, atol=1e-5)
+
+
+def test_two_encoders_read_apart():
+    torch.manual_seed(0)
+    model = study.changed(shared_ris.Model, study.dual_encoder)(shared_ris.config("tiny")).eval()
+    images, tokens = torch.randn(2, 3, 64, 64), model.tokenize(["the red circle", "the square on the left"])
+    with torch.no_grad():
+        pairs = model.beit3(images, tokens)
+        other_words = model.beit3(images, tokens.flip(0))
+        other_pictures = model.beit3(images.flip(0), tokens)
+        together = shared_ris.BEiT3.encode(model.beit3, *model.beit3.embed(images, tokens), tokens)
+    for (v, t), (same_v, _), (_, same_t) in zip(pairs, other_words, other_pictures, strict=True):
+        assert torch.allclose(v, same_v, atol=1e-5) and torch.allclose(t, same_t, atol=1e-5)
+    assert not torch.allclose(pairs[-1][0], together[-1][0], atol=1e-2)
 
 
 @pytest.mark.parametrize("method", METHODS)
