@@ -58,8 +58,8 @@ Eq. 6: the public code has L1, as TransVG's, so the printed figures very likely 
 smooth L1 is always quadratic: an error of 0.05 costs 0.001, but 0.05 with L1. With lambda 1, GIoU would dominate.
 
 `tiny` belongs to this project: it adds positions to the tokens, and token_loss makes [REG] attend to the object. Its
-side stream is "added", which had the lowest validation loss of the three in short runs with three seeds; accuracies did
-not differ. Its words, and those of --weights random, are numbered by checksum.
+side stream is "public", which learns most at this size (docs/study.md). Its words, and those of --weights random, are
+numbered by checksum.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Config(TrainConfig):
 
 
 REFCOCO_PLUS = dict(epochs=180, milestones=(120,))  # Sec. IV-B
-TINY = dict(image_size=64, words=12, side="added", vision_layers=(0, 1), text_layers=(0, 1), adapter_dim=32, iea_dim=32,
+TINY = dict(image_size=64, words=12, side="public", vision_layers=(0, 1), text_layers=(0, 1), adapter_dim=32, iea_dim=32,
             interaction_dim=32, vl_dim=64, vl_heads=2, vl_ffn=128, vl_layers=2, vl_dropout=0.0, vl_position="content",
             token_loss=1.0, augment=False, steps=4000, batch_size=32, lr=1e-3, adapter_lr=1.0, tower_lr=0.5,
             weight_decay=0.01, schedule="cosine", milestones=(), warmup=200, clip_norm=1.0, val_every=500)

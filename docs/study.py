@@ -78,7 +78,8 @@ ROWS = {
         Row("lea-vea", dict(mha_adapter="none"), "method", ("V", "(d) LEA, VEA")),
         Row("iea", dict(ffn_adapter="none"), "method", ("V", "(e) IEA")),
         Row("side-paper", dict(side="paper"), "method"),
-        Row("side-public", dict(side="public"), "method")],
+        Row("side-added", dict(side="added"), "method"),
+        Row("frozen-tokens", dict(tune="frozen"), "frozen")],
     "shared_ris": [
         Row("frozen", dict(tune="frozen")),
         Row("method", {}, "frozen", ("VII", "(b) Shared self-attention")),
@@ -119,7 +120,13 @@ def dual_encoder(model: nn.Module) -> None:
     model.beit3.encode = apart
 
 
-CHANGES = {"no-dense": without_dense, "others-words": others_words, "dual-encoder": dual_encoder}
+def tokens_too(model: nn.Module) -> None:
+    """M2IST without adapters, whose head also receives the tokens that enter the encoders, as with --side public."""
+    model.side_network = lambda e, branch: e.output + e.tokens
+
+
+CHANGES = {"no-dense": without_dense, "others-words": others_words, "frozen-tokens": tokens_too,
+           "dual-encoder": dual_encoder}
 
 
 def changed(model_class: type, change: Callable[[nn.Module], None]) -> type:

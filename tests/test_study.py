@@ -10,6 +10,7 @@ import torch
 
 import common
 import dcris
+import m2ist
 import shared_ris
 from common import METHODS, UserError
 from toolbox import pretrain
@@ -101,6 +102,18 @@ def test_without_the_dense_module():
     words = adapter.text_proj(f_t)
     expected = adapter.back_proj(adapter.attention(adapter.image_proj(F_v[:, 5:]), words, words)[0]) + F_v[:, 5:]
     assert torch.allclose(adapter.cross(F_v, f_t, pad, (8, 8))[:, 5:], expected, atol=1e-5)
+
+
+def test_the_head_reads_tokens_too():
+    torch.manual_seed(0)
+    method = m2ist.Model(m2ist.config("tiny", side="public")).eval()
+    plain = study.changed(m2ist.Model, study.tokens_too)(m2ist.config("tiny", tune="frozen")).eval()
+    plain.load_state_dict({k: v for k, v in method.state_dict().items() if "m3isa" not in k})
+    for name, p in method.m3isa.named_parameters():  # adapters that change nothing
+        p.data *= ".up." not in name and ".shared." not in name
+    images, tokens = torch.randn(2, 4, 64, 64), method.tokenize(["the red circle", "the left cross"])
+    with torch.no_grad():
+        assert torch.allclose(method(images, tokens), plain(images, tokens), atol=1e-6)
 
 
 def test_two_encoders_read_apart():
