@@ -300,6 +300,7 @@ def plot(rows: list[dict], file: Path) -> None:
     right.set_xlabel("MiB kept for backward, per picture")
     right.set_ylabel(f"val {first['metric']}")
     right.margins(x=0.18)
+    right.locator_params(axis="x", nbins=6)
     for axis in left, right:
         axis.grid(alpha=0.25)
     figure.suptitle(f"{first['method']}, tiny, {first['steps']} steps on {first['dataset']}, seeds "
