@@ -143,7 +143,8 @@ class Config(TrainConfig):
 
 REFCOCO_PLUS = dict(epochs=180, milestones=(120,))  # Sec. IV-B
 TINY = dict(image_size=64, words=12, side="public", vision_layers=(0, 1), text_layers=(0, 1), adapter_dim=32,
-            iea_dim=32, interaction_dim=32, vl_dim=64, vl_heads=2, vl_ffn=128, vl_layers=2, vl_dropout=0.0, vl_position="content",
+            iea_dim=32, interaction_dim=32,
+            vl_dim=64, vl_heads=2, vl_ffn=128, vl_layers=2, vl_dropout=0.0, vl_position="content",
             token_loss=1.0, augment=False, steps=4000, batch_size=32, lr=1e-3, adapter_lr=1.0, tower_lr=0.5,
             weight_decay=0.01, schedule="cosine", milestones=(), warmup=200, clip_norm=1.0, val_every=500)
 NO_ADAPTERS = dict(mha_adapter="none", ffn_adapter="none")
